@@ -1,0 +1,122 @@
+"""Adapt: score every event with its user's fast weights, then learn from it.
+
+The second stage of the path. It owns the rows of all shards (`state/`) and calls the rule (`learner/rules/`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+import numpy as np
+import numpy.typing as npt
+import xxhash
+
+from stream_adapt.learner.encoder import EncodingCache, FeatureReader, event_pairs
+from stream_adapt.learner.rules.kalman.layout import covariance_floats, item_layout, user_layout
+from stream_adapt.learner.rules.kalman.step import (
+    Events,
+    ItemRows,
+    Scores,
+    Scratch,
+    Theta,
+    UserRows,
+)
+from stream_adapt.learner.rules.kalman.step import adapt as adapt_rows
+from stream_adapt.models import Model
+from stream_adapt.record import Adapted, Batch
+from stream_adapt.state.overlay import Overlay
+from stream_adapt.state.table import Table
+
+
+class Adapter:
+    """The learner in service: rows, overlay and the compiled rule for one model.
+
+    `adapt` changes rows at once; they are the state only after `commit`, and `abort` puts back what they were.
+    """
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._theta = Theta.of(model.weights)
+        spec, fitted = model.spec, model.manifest.fitted
+        self.users = Table(user_layout(spec), self._start_user)
+        self.items = Table(item_layout(spec), self._start_item)
+        self.overlay = Overlay(self.users, self.items)
+        self._prior_P = self._packed_prior(covariance_floats(spec))  # noqa: N803 - P is the field's own name
+        self._content = EncodingCache(FeatureReader(fitted, "item"), model.weights.feature_vector)
+        self._priors = EncodingCache(FeatureReader(fitted, "user"), model.weights.user_vector)
+        self._event_features = FeatureReader(fitted, "event")
+
+    def adapt(self, batch: Batch) -> Adapted:
+        """Scores and learns n events in order; rows of users and items first met are started from θ."""
+        users = self.users.slots(batch.partitions.tolist(), batch.user_ids)
+        items = self.items.slots(batch.partitions.tolist(), batch.item_ids)
+        self.overlay.keep(self.users, users)
+        self.overlay.keep(self.items, items)
+        events = self._encode(batch, users, items)
+        scores = Scores.empty(len(batch))
+        rows = UserRows.of(self.users.rows)
+        adapt_rows(self._theta, rows, ItemRows.of(self.items.rows), events, scores, Scratch.for_rows(rows))
+        return Adapted(*scores)
+
+    def commit(self) -> None:
+        """The rows as they are now are the committed state."""
+        self.overlay.forget()
+
+    def abort(self) -> None:
+        """Back to the rows of the last commit, byte for byte."""
+        self.overlay.restore()
+
+    def drop(self, partitions: Collection[int]) -> None:
+        """Forgets the rows of partitions that now belong to another member."""
+        for partition in partitions:
+            self.users.drop(partition)
+            self.items.drop(partition)
+
+    def _encode(self, batch: Batch, users: npt.NDArray[np.int64], items: npt.NDArray[np.int64]) -> Events:
+        spec = self.model.spec
+        content = self._content.index(batch.features)
+        prior = self._priors.index(batch.features)
+        pointers, rows, weights = event_pairs(self._event_features, batch.features)
+        return Events(
+            user=users,
+            item=items,
+            known=self._known(self.items.rows["hash"][items]),
+            window=batch.offsets // spec.window,
+            time_ms=batch.timestamps_ms,
+            level=batch.levels,
+            content=content,
+            content_vectors=self._content.vectors,
+            prior=prior,
+            prior_vectors=self._priors.vectors + self.model.weights.prior_mean,
+            pointers=pointers,
+            rows=rows,
+            weights=weights,
+        )
+
+    def _known(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
+        """Rows in θ's item table; its last row, of zeros, for items that θ does not know."""
+        known = self.model.weights.item_hash
+        if not len(known):
+            return np.zeros(len(hashes), dtype=np.int64)
+        at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
+        return np.where(known[at] == hashes, at, len(known))
+
+    def _start_user(self, table: Table, slot: int, _: str) -> None:
+        table.rows["P"][slot] = self._prior_P
+
+    def _start_item(self, table: Table, slot: int, item_id: str) -> None:
+        digest = xxhash.xxh3_64_intdigest(item_id.encode())
+        theta = self._theta
+        seen = theta.item_events[self._known(np.array([digest], dtype=np.uint64))[0]] / theta.noise
+        table.rows["hash"][slot] = digest
+        table.rows["c_var"][slot] = 1.0 / (1.0 / theta.item_bias_variance + seen)
+        table.rows["delta_var"][slot] = 1.0 / (1.0 / theta.item_offset_variance + seen)
+
+    def _packed_prior(self, floats: int) -> npt.NDArray[np.float32]:
+        diagonal = self.model.weights.prior_variance
+        if floats == len(diagonal):
+            return diagonal
+        packed = np.zeros(floats, dtype=np.float32)
+        at = np.arange(len(diagonal))
+        packed[at * (at + 3) // 2] = diagonal
+        return packed

@@ -1,0 +1,318 @@
+"""Configuration: one YAML file, environment over file over defaults, unknown keys refused.
+
+Every value knows where it came from, and `check-config` shows it. Secrets are only taken from the environment or
+from files (`{file: PATH}`, `{env: NAME}`), and are never printed.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from stream_adapt.errors import ConfigError
+
+ENVIRONMENT_PREFIX = "STREAM_ADAPT_"
+
+Positive = Annotated[float, Field(gt=0)]
+Scalar = str | int | float | bool
+
+#: Properties of librdkafka that the transaction loop owns; passing them through would break its promises.
+OWNED_PROPERTIES = {
+    "enable.auto.commit": "offsets are committed with the scores",
+    "enable.auto.offset.store": "offsets are committed with the scores",
+    "auto.offset.reset": "use input.start; a lost offset must stop the consumer, not move it",
+    "isolation.level": "always read_committed",
+    "group.id": "use kafka.group_id",
+    "bootstrap.servers": "use kafka.bootstrap_servers",
+    "transactional.id": "made of app.name and app.instance",
+    "transaction.timeout.ms": "use kafka.transaction_timeout_ms",
+    "enable.idempotence": "always on",
+    "delivery.report.only.error": "owned by the producer",
+    "statistics.interval.ms": "owned by the producer",
+    "partition.assignment.strategy": "use kafka.group_protocol",
+    "group.protocol": "use kafka.group_protocol",
+}
+#: Parts of a property's name that mark its value as a secret.
+_SECRET_PARTS = ("password", "secret", "ssl.key.pem", "oauthbearer.config", "token")
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class AppSection(_Section):
+    """Who this is."""
+
+    name: str = Field("stream-adapt", pattern=r"^[a-zA-Z0-9._-]{1,100}$", description="Prefix of topics and ids.")
+    instance: str = Field(
+        default_factory=lambda: socket.gethostname() or "0",
+        pattern=r"^[a-zA-Z0-9._-]{1,100}$",
+        description="Name of this member, stable over restarts and different from every other's.",
+    )
+
+
+class KafkaSection(_Section):
+    """How the brokers are reached."""
+
+    bootstrap_servers: str = Field("127.0.0.1:9092", min_length=1, description="host:port, comma-separated.")
+    group_id: str | None = Field(None, description="Consumer group; app.name if not set.")
+    group_protocol: Literal["classic", "consumer"] = Field(
+        "classic", description="classic: cooperative-sticky; consumer: KIP-848."
+    )
+    session_timeout_ms: int = Field(45_000, ge=1_000, description="Classic groups only.")
+    transaction_timeout_ms: int = Field(15_000, ge=1_000, le=900_000, description="Below the session timeout.")
+    properties: dict[str, Any] = Field(
+        default_factory=dict,
+        description="librdkafka properties for every client, unchanged. Secrets as {env: NAME} or {file: PATH}.",
+    )
+    consumer: dict[str, Any] = Field(default_factory=dict, description="The same for the consumer only.")
+    producer: dict[str, Any] = Field(default_factory=dict, description="The same for the producer only.")
+
+    @field_validator("properties", "consumer", "producer")
+    @classmethod
+    def _not_owned(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name in value:
+            if name in OWNED_PROPERTIES:
+                raise ValueError(f"{name} is not yours to set here: {OWNED_PROPERTIES[name]}")
+        return value
+
+
+class TopicsSection(_Section):
+    """Names of topics; each is <app.name>.<what> if not set."""
+
+    events: str | None = Field(None, description="Input.")
+    scores: str | None = Field(None, description="Scores, one for each event.")
+    dead_letters: str | None = Field(None, description="Records that were refused, with the reason.")
+    partitions: int = Field(4, ge=1, le=10_000, description="Partitions that `topics create` gives the topics.")
+    replication: int = Field(1, ge=1, le=10, description="Replicas that `topics create` gives them.")
+
+
+class InputSection(_Section):
+    """What is read, and what is still accepted."""
+
+    start: Literal["earliest", "latest"] = Field("earliest", description="Where a group with no offsets begins.")
+    max_bytes: int = Field(1_000_000, ge=100, description="Longest value; longer ones are dead letters.")
+    max_future_s: float = Field(86_400, ge=0, description="How far ahead of the clock a timestamp may be.")
+    check_key: bool = Field(True, description="Whether the key must be the user id.")
+    max_batch: int = Field(16_384, ge=1, le=1_000_000, description="Most records in one transaction.")
+    latency_ms: Positive = Field(50, le=10_000, description="Longest wait for a batch to fill.")
+    feedback: dict[str, Any] | None = Field(
+        None, description="Levels, target and mapping; the model's own if not set. Levels and target must agree with it."
+    )
+
+
+class ModelSection(_Section):
+    """Which model is served."""
+
+    path: Path = Field(Path("models"), description="A model's folder, or a registry: then its newest version.")
+    covariance: Literal["diagonal", "full"] | None = Field(None, description="As pretrained if not set.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto serves on the CPU.")
+
+
+class MetricsSection(_Section):
+    """The HTTP port with /metrics, /healthz and /readyz."""
+
+    enabled: bool = Field(True, description="Whether to serve them.")
+    host: str = Field("127.0.0.1", description="Loopback unless told otherwise.")
+    port: int = Field(9464, ge=0, le=65_535, description="0: any free port, see the log.")
+    stalled_after_s: Positive = Field(30, description="No turn of the loop for so long: not alive.")
+
+
+class LogSection(_Section):
+    """The log on stderr."""
+
+    level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line shown.")
+    format: Literal["console", "json"] = Field("console", description="json: one object a line.")
+
+
+class Config(_Section):
+    """The whole configuration."""
+
+    app: AppSection = Field(default_factory=AppSection)
+    kafka: KafkaSection = Field(default_factory=KafkaSection)
+    topics: TopicsSection = Field(default_factory=TopicsSection)
+    input: InputSection = Field(default_factory=InputSection)
+    model: ModelSection = Field(default_factory=ModelSection)
+    delivery: Literal["exactly_once", "at_least_once"] = Field(
+        "exactly_once", description="at_least_once: no transaction; after a crash some scores come twice."
+    )
+    metrics: MetricsSection = Field(default_factory=MetricsSection)
+    log: LogSection = Field(default_factory=LogSection)
+
+    @model_validator(mode="after")
+    def _timeouts(self) -> Config:
+        kafka = self.kafka
+        if kafka.group_protocol == "classic" and kafka.transaction_timeout_ms >= kafka.session_timeout_ms:
+            raise ValueError(
+                f"kafka.transaction_timeout_ms={kafka.transaction_timeout_ms} must be below "
+                f"kafka.session_timeout_ms={kafka.session_timeout_ms}: a member that was removed must not commit"
+            )
+        if self.input.latency_ms * 2 >= kafka.transaction_timeout_ms:
+            raise ValueError("input.latency_ms must be far below kafka.transaction_timeout_ms")
+        return self
+
+    def topic(self, what: Literal["events", "scores", "dead_letters"]) -> str:
+        """Name of a topic."""
+        return getattr(self.topics, what) or f"{self.app.name}.{what.replace('_', '-')}"
+
+    @property
+    def group_id(self) -> str:
+        """Consumer group."""
+        return self.kafka.group_id or self.app.name
+
+    @property
+    def transactional_id(self) -> str:
+        """Stable per instance: a restart ends its own dangling transaction."""
+        return f"{self.app.name}.{self.app.instance}"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A configuration, and where each of its values came from, by dotted key."""
+
+    config: Config
+    sources: Mapping[str, str]
+
+
+def load(path: Path | None, environment: Mapping[str, str] = os.environ, **overrides: Any) -> Loaded:
+    """Reads the file, then the environment, then overrides given on the command line.
+
+    Args:
+        path: YAML file, or None for defaults alone.
+        environment: `STREAM_ADAPT_<SECTION>_<KEY>` for each key, upper case; values are YAML.
+        overrides: by key with `__` for the dot, as in `model__path=…`; None is no override.
+
+    Raises:
+        ConfigError: names every key that is wrong, its value, where it came from, and what is expected.
+    """
+    sources: dict[str, str] = {}
+    tree: dict[str, Any] = {}
+    for key, value in _flatten(_read_yaml(path) if path else {}):
+        _put(tree, sources, key, value, str(path))
+    for key, name in _environment_keys().items():
+        if name in environment:
+            _put(tree, sources, key, yaml.safe_load(environment[name]), f"environment {name}")
+    _refuse_unknown_environment(environment)
+    for dotted, value in overrides.items():
+        if value is not None:
+            _put(tree, sources, dotted.replace("__", "."), value, "command line")
+    try:
+        return Loaded(Config.model_validate(tree), sources)
+    except ValidationError as error:
+        raise ConfigError(_explain(error, sources)) from error
+
+
+def effective(loaded: Loaded) -> Iterator[tuple[str, Any, str]]:
+    """Every key with its value and source; secrets hidden."""
+    for key, value in _flatten(loaded.config.model_dump(mode="json")):
+        yield key, _hidden(key, value), loaded.sources.get(key, "default")
+
+
+def resolve_secrets(properties: Mapping[str, Any]) -> dict[str, Scalar]:
+    """librdkafka properties with `{env: NAME}` and `{file: PATH}` replaced by what they refer to.
+
+    Raises:
+        ConfigError: the variable or file is not there; says which, never its content.
+    """
+    return {name: _resolve(name, value) for name, value in properties.items()}
+
+
+def _resolve(name: str, value: Any) -> Scalar:
+    if not isinstance(value, Mapping):
+        if _is_secret(name):
+            raise ConfigError(f"kafka: {name} is a secret: give it as {{env: NAME}} or {{file: PATH}}, not in the file")
+        return value  # type: ignore[no-any-return]
+    if set(value) == {"env"}:
+        if value["env"] not in os.environ:
+            raise ConfigError(f"kafka: {name} refers to the environment variable {value['env']}, which is not set")
+        return os.environ[value["env"]]
+    if set(value) == {"file"}:
+        try:
+            return Path(value["file"]).read_text().strip()
+        except OSError as error:
+            raise ConfigError(f"kafka: {name} refers to {value['file']}: {error.strerror}") from error
+    raise ConfigError(f"kafka: {name}={value!r}: a number, a string, {{env: NAME}} or {{file: PATH}}")
+
+
+def _is_secret(name: str) -> bool:
+    return any(part in name.lower() for part in _SECRET_PARTS) and not name.endswith(".location")
+
+
+def _hidden(key: str, value: Any) -> Any:
+    return "(hidden)" if _is_secret(key) and not isinstance(value, Mapping) else value
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        tree = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: not YAML: {error}") from error
+    if not isinstance(tree or {}, dict):
+        raise ConfigError(f"{path}: expected sections such as `app:` and `kafka:`, found {type(tree).__name__}")
+    return tree or {}
+
+
+def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted keys of sections; the free-form parts (properties, feedback) stay whole."""
+    for name, value in tree.items():
+        key = f"{prefix}{name}"
+        if isinstance(value, Mapping) and "." not in key and name in Config.model_fields:
+            yield from _flatten(value, key + ".")
+        elif key in ("kafka.properties", "kafka.consumer", "kafka.producer") and isinstance(value, Mapping) and value:
+            for inner, item in value.items():
+                yield f"{key}.{inner}", item
+        else:
+            yield key, value
+
+
+def _put(tree: dict[str, Any], sources: dict[str, str], key: str, value: Any, source: str) -> None:
+    parts = key.split(".", 2) if key.startswith("kafka.") else key.split(".", 1)
+    inner = tree
+    for part in parts[:-1]:
+        inner = inner.setdefault(part, {})
+        if not isinstance(inner, dict):
+            raise ConfigError(f"{part}={inner!r} from {sources.get(part, source)}: expected a section")
+    inner[parts[-1]] = value
+    sources[key] = source
+
+
+def _environment_keys() -> dict[str, str]:
+    keys = {}
+    for section, field in Config.model_fields.items():
+        annotation = field.annotation
+        if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+            for name in annotation.model_fields:
+                keys[f"{section}.{name}"] = f"{ENVIRONMENT_PREFIX}{section}_{name}".upper()
+        else:
+            keys[section] = f"{ENVIRONMENT_PREFIX}{section}".upper()
+    return keys
+
+
+#: Variables with our prefix that are not configuration keys.
+_OTHER_VARIABLES = ("STREAM_ADAPT_CACHE_DIR", "STREAM_ADAPT_TEST_")
+
+
+def _refuse_unknown_environment(environment: Mapping[str, str]) -> None:
+    known = set(_environment_keys().values())
+    for name in environment:
+        if name.startswith(ENVIRONMENT_PREFIX) and name not in known and not name.startswith(_OTHER_VARIABLES):
+            raise ConfigError(f"environment {name} is no configuration key; `stream-adapt check-config` lists them")
+
+
+def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
+    lines = []
+    for problem in error.errors():
+        key = ".".join(str(part) for part in problem["loc"])
+        source = sources.get(key, "the configuration")
+        value = "" if _is_secret(key) or problem["type"] == "missing" or not key else f"={problem['input']!r}"
+        lines.append(f"{key}{value} ({source}): {problem['msg'].removeprefix('Value error, ')}")
+    return "\n".join(lines)

@@ -1,0 +1,199 @@
+"""Decode: raw records in, valid events and dead letters out. Every record becomes exactly one of the two.
+
+The JSON goes straight into a struct that knows only the declared features and carries the limits as constraints, so
+that checking costs nothing extra; what msgspec refuses is looked at a second time to name the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Container
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+import msgspec
+import numpy as np
+
+from stream_adapt.learner.encoder import Feature, features_struct
+from stream_adapt.learner.feedback import Feedback
+from stream_adapt.record import Batch, DeadLetter, RawBatch, Source
+
+#: Longest event, user or item id, in characters.
+ID_LIMIT = 1024
+
+#: Every reason of a dead letter and what it says of the record.
+REASONS = {
+    "null_value": "the record has no value",
+    "null_key": "the record has no key; it must be the user id",
+    "too_large": "the value, or an id in it, is longer than the limit",
+    "not_utf8": "the value is not UTF-8",
+    "not_json": "the value is not one JSON object",
+    "too_deep": "the JSON is nested too deeply",
+    "missing_field": "a required field is missing",
+    "wrong_type": "a field has another type than event v1 says",
+    "empty_id": "event_id, user_id or item_id is empty",
+    "not_finite": "a number is infinite or not a number",
+    "out_of_range": "a number is beyond its limits",
+    "bad_timestamp": "the timestamp is negative",
+    "future_timestamp": "the timestamp is further in the future than input.max_future_s allows",
+    "label_out_of_range": "the label is outside the range that the feedback mapping declares",
+    "vector_length": "a vector feature has another length than declared",
+    "key_mismatch": "the key is not the user id (input.check_key)",
+    "not_delivered": "the broker refused what this record led to for good",
+}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What is still accepted."""
+
+    max_bytes: int = 1_000_000
+    max_future_s: float = 86_400.0
+    check_key: bool = True
+
+
+class Decoder:
+    """Decodes batches of event v1 for one set of declared features and one feedback mapping."""
+
+    def __init__(
+        self,
+        features: dict[str, Feature],
+        feedback: Feedback,
+        limits: Limits = Limits(),
+        now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+    ) -> None:
+        self._feedback = feedback
+        self._limits = limits
+        self._now_ms = now_ms
+        self._decode = msgspec.json.Decoder(event_struct(features, feedback)).decode
+
+    def __call__(self, raw: RawBatch, undeliverable: Container[Source] = ()) -> tuple[Batch, list[DeadLetter]]:
+        """Events in the order of their records, and a dead letter for every other record.
+
+        Args:
+            raw: n records in consumption order.
+            undeliverable: sources whose score the broker has refused for good; they become dead letters.
+        """
+        events: list[Any] = []
+        kept: list[int] = []
+        dead: list[DeadLetter] = []
+        decode, limits = self._decode, self._limits
+        check_key, largest = limits.check_key, limits.max_bytes
+        latest = self._now_ms() + int(limits.max_future_s * 1000)
+        for i, (key, value) in enumerate(zip(raw.keys, raw.values, strict=True)):
+            try:
+                if undeliverable and (raw.partitions[i], raw.offsets[i]) in undeliverable:
+                    raise _Refused("not_delivered", "the broker refused this record's score for good")
+                if len(value) > largest:  # type: ignore[arg-type]  # None raises TypeError: null_value
+                    raise _Refused("too_large", f"{len(value or b'')} bytes, the limit is {largest}")
+                event = decode(value)  # type: ignore[arg-type]
+                if check_key and key != event.user_id.encode():
+                    raise _Refused("null_key" if key is None else "key_mismatch", _mismatch(key, event.user_id))
+                if event.timestamp > latest:
+                    raise _Refused("future_timestamp", f"timestamp={event.timestamp}, accepted up to {latest}")
+            except Exception as error:  # noqa: BLE001 - whatever a hostile record raises, it must not stop the stream
+                dead.append(_dead_letter(raw, i, error))
+            else:
+                events.append(event)
+                kept.append(i)
+        return self._columns(raw, events, kept), dead
+
+    def _columns(self, raw: RawBatch, events: list[Any], kept: list[int]) -> Batch:
+        partitions, offsets = np.array(raw.partitions, np.int32), np.array(raw.offsets, np.int64)
+        if len(kept) != len(raw):
+            partitions, offsets = partitions[kept], offsets[kept]
+        return Batch(
+            event_ids=[e.event_id for e in events],
+            user_ids=[e.user_id for e in events],
+            item_ids=[e.item_id for e in events],
+            features=[e.features for e in events],
+            timestamps_ms=np.array([e.timestamp for e in events], dtype=np.int64),
+            levels=self._feedback.level_of([e.label for e in events], [e.event_type for e in events]),
+            partitions=partitions,
+            offsets=offsets,
+        )
+
+
+def event_struct(features: dict[str, Feature], feedback: Feedback) -> type[msgspec.Struct]:
+    """Event v1 with the declared features only, and with its limits as constraints."""
+    row_id = Annotated[str, msgspec.Meta(min_length=1, max_length=ID_LIMIT)]
+    label: Any = float
+    if feedback.label is not None:
+        low, high = feedback.label.range
+        label = Annotated[float, msgspec.Meta(ge=low, le=high)]
+    fields = [
+        ("event_id", row_id),
+        ("user_id", row_id),
+        ("item_id", row_id),
+        ("event_type", str),
+        ("timestamp", Annotated[int, msgspec.Meta(ge=0)]),
+        ("label", label | None, None),
+        ("features", features_struct(features) | None, None),
+    ]
+    return msgspec.defstruct("Event", fields, frozen=True, gc=False)
+
+
+class _Refused(Exception):  # noqa: N818 - not an error: a verdict
+    def __init__(self, reason: str, detail: str) -> None:
+        super().__init__(reason, detail)
+        self.reason, self.detail = reason, detail
+
+
+def _mismatch(key: bytes | None, user_id: str) -> str:
+    return f"key={(key or b'')[:80]!r}, user_id={user_id[:80]!r}"
+
+
+def _dead_letter(raw: RawBatch, i: int, error: Exception) -> DeadLetter:
+    value = raw.values[i]
+    if isinstance(error, _Refused):
+        reason, detail = error.reason, error.detail
+    elif value is None:
+        reason, detail = "null_value", "a tombstone is not an event"
+    else:
+        reason, detail = _reason(value, error), f"{error}"[:500]
+    return DeadLetter(raw.keys[i], value, raw.partitions[i], raw.offsets[i], reason, detail)
+
+
+def _reason(value: bytes, error: Exception) -> str:
+    if isinstance(error, RecursionError):
+        return "too_deep"
+    if isinstance(error, UnicodeDecodeError) or not _is_utf8(value):
+        return "not_utf8"
+    if isinstance(error, msgspec.ValidationError):
+        return _invalid(str(error))
+    return "not_finite" if _holds_infinity(value) else "not_json"
+
+
+def _invalid(message: str) -> str:
+    """The reason behind a message of msgspec, `Expected … - at `$.path``; pinned by tests/unit/test_decode.py."""
+    path = message.rpartition("`$")[2]
+    if "missing required field" in message:
+        return "missing_field"
+    if "out of range" in message:
+        return "not_finite" if "Number" in message else "out_of_range"
+    if "of length" in message:
+        if not path.startswith(".features"):
+            return "empty_id" if ">=" in message else "too_large"
+        return "vector_length"
+    if ">=" in message or "<=" in message:
+        return {".label": "label_out_of_range", ".timestamp": "bad_timestamp"}.get(path.rstrip("`"), "out_of_range")
+    return "wrong_type"
+
+
+def _is_utf8(value: bytes) -> bool:
+    try:
+        value.decode()
+    except UnicodeDecodeError:
+        return False
+    return True
+
+
+def _holds_infinity(value: bytes) -> bool:
+    """Whether the value is JSON but for NaN and Infinity, which JSON does not have and many encoders write."""
+    found: list[str] = []
+    try:
+        json.loads(value, parse_constant=found.append)
+    except (ValueError, RecursionError):
+        return False
+    return bool(found)

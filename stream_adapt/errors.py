@@ -1,0 +1,49 @@
+"""Everything that can go wrong, split by what happens next.
+
+    StreamAdaptError
+    ├── ConfigError          exit 2  the operator's words are off: usage, configuration, a mapping file
+    │   └── ModelError       exit 2  a model file is missing, damaged, or does not fit the configuration
+    ├── DataError            exit 2  a data set could not be had, or is not what it should be
+    ├── KafkaRefused         exit 3  the broker said no, or cannot be reached: nothing was lost
+    └── Fenced               exit 4  another instance uses this transactional.id
+
+A bad *record* is not an exception that leaves the pipeline: it becomes a dead letter (`decode.py`). What a Kafka
+error calls for inside a transaction (try again, abort, build a new producer) is decided in `kafka/errors.py`.
+Every message says what happened, where, the value, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class StreamAdaptError(Exception):
+    """Root of the errors we raise on purpose; `exit_code` is what the command line returns for it."""
+
+    exit_code = 1
+
+
+class ConfigError(StreamAdaptError):
+    """Usage or configuration: the message names the key, its value and its source."""
+
+    exit_code = 2
+
+
+class ModelError(ConfigError):
+    """A model file is missing, truncated, has the wrong hash, holds NaN, or was made for other settings."""
+
+
+class DataError(StreamAdaptError):
+    """A data set could not be fetched, read or verified."""
+
+    exit_code = 2
+
+
+class KafkaRefused(StreamAdaptError):
+    """The broker refused, or could not be reached within its deadline. Nothing uncommitted became visible."""
+
+    exit_code = 3
+
+
+class Fenced(StreamAdaptError):
+    """Another live instance uses the same transactional.id; this one stepped back."""
+
+    exit_code = 4

@@ -1,0 +1,1 @@
+"""Kafka: the consumer, the producer and its transactions, topics, and an Apache Kafka to try things on."""

@@ -1,0 +1,244 @@
+"""The input consumer: batches as columns, its own map of next offsets, and rebalances.
+
+Offsets are never stored or committed by the library: `next_offsets` holds, for every owned partition, the first
+record whose effect is not committed (reliability rules 1, 3 and 4).
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import structlog
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from stream_adapt.errors import KafkaRefused
+from stream_adapt.kafka.errors import describe, kafka_error
+from stream_adapt.record import RawBatch
+
+log = structlog.get_logger(__name__)
+
+Properties = Mapping[str, str | int | float | bool]
+
+#: A broker round trip during a rebalance is given up after this.
+CALL_TIMEOUT_S = 10.0
+#: Calls that answer a rebalance are tried again until then; below the default max.poll.interval.ms of 300 s.
+REBALANCE_DEADLINE_S = 60.0
+
+#: Errors after which there is no point in going on: the operator must act.
+_REFUSED = {
+    KafkaError.UNKNOWN_TOPIC_OR_PART: "create the topic: `stream-adapt topics create -c FILE`",
+    KafkaError.TOPIC_AUTHORIZATION_FAILED: "grant this principal Read on the topic",
+    KafkaError.GROUP_AUTHORIZATION_FAILED: "grant this principal Read on the group",
+    KafkaError._AUTO_OFFSET_RESET: (
+        "the committed offset is not in the log any more (retention, or the topic was made anew): records may be lost; "
+        "set the group's offsets by hand to where to go on"
+    ),
+    KafkaError._AUTHENTICATION: "check the credentials under kafka:",
+}
+
+
+@dataclass
+class RebalanceListener:
+    """What the owner of the state is told: before partitions are read, and after they were taken away."""
+
+    assigned: Callable[[Collection[int]], None] = lambda _partitions: None
+    revoked: Callable[[Collection[int]], None] = lambda _partitions: None
+
+
+@dataclass
+class Positions:
+    """Where each owned partition stands."""
+
+    next_offsets: dict[int, int] = field(default_factory=dict)
+    uncommitted_start: set[int] = field(default_factory=set)  # new to the group: the start is not committed yet
+
+
+class InputConsumer:
+    """Reads one topic for a consumer group, in batches."""
+
+    def __init__(
+        self,
+        properties: Properties,
+        topic: str,
+        *,
+        start: Literal["earliest", "latest"],
+        listener: RebalanceListener,
+    ) -> None:
+        self.topic = topic
+        self.positions = Positions()
+        self.rebalances = 0
+        self._start = start
+        self._listener = listener
+        self._consumer = Consumer(dict(properties), logger=_librdkafka_logger())
+        self._consumer.subscribe([topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
+
+    @property
+    def assigned(self) -> bool:
+        """Whether any partition is owned."""
+        return bool(self.positions.next_offsets)
+
+    def poll(self, max_records: int, timeout_s: float) -> RawBatch:
+        """Up to `max_records` records of owned partitions, at most `timeout_s` after the call.
+
+        Records of partitions that were taken away while the batch was gathered, and records that were handed out
+        before a rewind, are left out: their next owner, or the next batch, has them.
+
+        Raises:
+            KafkaRefused: the topic, the group or the position cannot be read; says what to do.
+        """
+        try:
+            messages = self._consumer.consume(max_records, timeout_s)
+        except KafkaException as error:
+            self._refuse(kafka_error(error))
+            raise
+        raw = RawBatch([], [], [], [])
+        expected = dict(self.positions.next_offsets)
+        for message in messages:
+            error = message.error()
+            if error is not None:
+                self._report(error, message)
+                continue
+            partition, offset = message.partition(), message.offset()
+            if offset < expected.get(partition, offset + 1):
+                continue
+            expected[partition] = offset + 1
+            raw.keys.append(message.key())
+            raw.values.append(message.value())
+            raw.partitions.append(partition)
+            raw.offsets.append(offset)
+        return raw
+
+    def group_metadata(self) -> bytes:
+        """The member's identity in the group, to be sent with the offsets."""
+        return self._consumer.consumer_group_metadata()  # type: ignore[no-any-return]
+
+    def advance(self, next_offsets: Mapping[int, int]) -> None:
+        """These offsets are committed."""
+        self.positions.next_offsets.update(next_offsets)
+        self.positions.uncommitted_start -= set(next_offsets)
+
+    def rewind(self) -> None:
+        """Back to the committed offsets of every owned partition, after an abort."""
+        for partition, offset in self.positions.next_offsets.items():
+            self._consumer.seek(TopicPartition(self.topic, partition, offset))
+
+    def committed(self, partitions: Collection[int]) -> dict[int, int]:
+        """Offsets that the group has committed; negative where there is none. Waits for pending transactions.
+
+        Raises:
+            KafkaRefused: no answer within the deadline.
+        """
+        asked = [TopicPartition(self.topic, p) for p in partitions]
+        answer = self._until_answered("committed offsets", lambda: self._consumer.committed(asked, CALL_TIMEOUT_S))
+        return {tp.partition: tp.offset for tp in answer}
+
+    def commit(self, next_offsets: Mapping[int, int]) -> None:
+        """Commits outside a transaction, and waits for it (delivery: at_least_once)."""
+        offsets = [TopicPartition(self.topic, p, o) for p, o in next_offsets.items()]
+        for tp in self._consumer.commit(offsets=offsets, asynchronous=False) or []:
+            if tp.error is not None:
+                raise KafkaException(tp.error)
+
+    def lag(self) -> dict[int, int]:
+        """Records between each owned partition's next offset and its end, as far as fetching has seen."""
+        lags = {}
+        for partition, position in self.positions.next_offsets.items():
+            _, high = self._consumer.get_watermark_offsets(TopicPartition(self.topic, partition), cached=True)
+            if high >= 0:
+                lags[partition] = max(high - position, 0)
+        return lags
+
+    def close(self) -> None:
+        """Leaves the group."""
+        self._consumer.close()
+
+    # Rebalances. No work is in flight here: a batch is committed or aborted before the next poll.
+
+    def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self.rebalances += 1
+        numbers = [tp.partition for tp in partitions]
+        if numbers:
+            self._find_positions(numbers)
+            self._listener.assigned(numbers)
+        offsets = [TopicPartition(self.topic, p, self.positions.next_offsets[p]) for p in numbers]
+        consumer.incremental_assign(offsets)
+        log.info("partitions assigned", topic=self.topic, partitions=numbers)
+
+    def _find_positions(self, numbers: list[int]) -> None:
+        for partition, offset in self.committed(numbers).items():
+            if offset < 0:
+                offset = self._first_offset(partition)
+                self.positions.uncommitted_start.add(partition)
+            self.positions.next_offsets[partition] = offset
+
+    def _first_offset(self, partition: int) -> int:
+        tp = TopicPartition(self.topic, partition)
+        low, high = self._until_answered(
+            "watermarks", lambda: self._consumer.get_watermark_offsets(tp, timeout=CALL_TIMEOUT_S)
+        )
+        return int(low if self._start == "earliest" else high)
+
+    def _until_answered(self, what: str, call: Callable[[], Any]) -> Any:
+        deadline = time.monotonic() + REBALANCE_DEADLINE_S
+        while True:
+            try:
+                return call()
+            except KafkaException as error:
+                found = kafka_error(error)
+                self._refuse(found)
+                if time.monotonic() > deadline:
+                    raise KafkaRefused(
+                        f"{self.topic}: no {what} within {REBALANCE_DEADLINE_S:.0f} s: {found and describe(found)}; "
+                        "is the group's coordinator up?"
+                    ) from error
+
+    def _revoked(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._forget(partitions)
+        consumer.incremental_unassign(partitions)
+        log.info("partitions revoked", topic=self.topic, partitions=[tp.partition for tp in partitions])
+
+    def _lost(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        self._forget(partitions)
+        consumer.incremental_unassign(partitions)
+        log.warning("partitions lost", topic=self.topic, partitions=[tp.partition for tp in partitions])
+
+    def _forget(self, partitions: list[TopicPartition]) -> None:
+        self.rebalances += 1
+        numbers = [tp.partition for tp in partitions]
+        for partition in numbers:
+            self.positions.next_offsets.pop(partition, None)
+            self.positions.uncommitted_start.discard(partition)
+        self._listener.revoked(numbers)
+
+    def _report(self, error: KafkaError, message: Message) -> None:
+        self._refuse(error)
+        log.warning("consumer error", topic=message.topic(), partition=message.partition(), error=describe(error))
+
+    def _refuse(self, error: KafkaError | None) -> None:
+        if error is not None and error.code() in _REFUSED:
+            raise KafkaRefused(f"{self.topic}: {describe(error)}. To do: {_REFUSED[error.code()]}")
+
+
+def generation(metadata: bytes) -> int:
+    """Generation of the member inside the bytes of `consumer_group_metadata()`; −1 before it has joined.
+
+    The bytes are `CGMDv2:`, the generation as little-endian int32, then the group id and the member's names.
+
+    Raises:
+        KafkaRefused: another version of the client library writes another form.
+    """
+    magic = b"CGMDv2:"
+    if not metadata.startswith(magic):
+        raise KafkaRefused(
+            f"group metadata starts with {metadata[: len(magic)]!r}, expected {magic!r}: this release does not know "
+            "the installed librdkafka; install confluent-kafka as constraints.txt pins it"
+        )
+    return int.from_bytes(metadata[len(magic) : len(magic) + 4], "little", signed=True)
+
+
+def _librdkafka_logger() -> logging.Logger:
+    return logging.getLogger("librdkafka")

@@ -1,0 +1,246 @@
+"""The producer: one transaction at a time, every call within a deadline, every error mapped.
+
+What can come out of a call is one of four exceptions; `commit.py` says what each leads to:
+
+    ProducerError
+    ├── Abort          the transaction cannot be committed; abort it and go on
+    │   └── Undeliverable   the same, because the broker refuses these records for good
+    └── Lost           this producer is of no use any more, and whether its transaction committed is not known
+        └── FencedOff       the same, because another producer took the transactional.id
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import msgspec
+import structlog
+from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
+
+from stream_adapt.kafka.errors import UNDELIVERABLE_CODES, Consequence, consequence, describe, kafka_error
+from stream_adapt.record import Output, Source
+
+log = structlog.get_logger(__name__)
+
+#: One try of a call that may block; between tries signals are handled.
+_TRY_S = 5.0
+#: Share of socket.timeout.ms after which a commit counts as having been sent more than once.
+_SLOW_SHARE = 0.8
+#: How long `produce` waits for room when the local queue is full, before it serves callbacks again.
+_QUEUE_FULL_WAIT_S = 0.1
+
+
+class ProducerError(Exception):
+    """A call did not do what it should; see the module's docstring."""
+
+
+class Abort(ProducerError):
+    """The transaction must be aborted."""
+
+
+class Undeliverable(Abort):
+    """The broker refuses records of this transaction for good; `sources` names them where it is known."""
+
+    def __init__(self, reason: str, sources: frozenset[Source]) -> None:
+        super().__init__(reason)
+        self.sources = sources
+
+
+class Lost(ProducerError):
+    """The producer is dead; the outcome of its transaction must be looked up."""
+
+
+class FencedOff(Lost):
+    """Another producer took the transactional.id."""
+
+
+class CoordinatorWatch:
+    """Whether a transactional request may have been sent twice since the last look (reliability rule 8).
+
+    librdkafka has no KIP-890: an EndTxn that was delayed and sent again can hit the next transaction. Retries,
+    time-outs and disconnects of the transaction coordinator's connection in the client's statistics tell.
+    """
+
+    class _Broker(msgspec.Struct):
+        req_timeouts: int = 0
+        txretries: int = 0
+        disconnects: int = 0
+
+    class _Statistics(msgspec.Struct):
+        brokers: dict[str, Any] = {}
+
+    def __init__(self) -> None:
+        self._total = 0
+        self._acknowledged: int | None = None
+        self._statistics = msgspec.json.Decoder(self._Statistics)
+
+    def read(self, statistics: str) -> None:
+        """Takes in one report of the client."""
+        brokers = self._statistics.decode(statistics).brokers
+        found = [msgspec.convert(b, self._Broker) for name, b in brokers.items() if name.startswith("TxnCoordinator")]
+        self._total = sum(b.req_timeouts + b.txretries + b.disconnects for b in found)
+        if self._acknowledged is None:
+            self._acknowledged = self._total
+
+    @property
+    def moved(self) -> bool:
+        """Whether anything was sent again or cut off since the producer was built."""
+        return self._acknowledged is not None and self._total > self._acknowledged
+
+
+class OutputProducer:
+    """A producer of output records; transactional when it is given a `transactional_id`.
+
+    Failed deliveries are collected by one callback that is called for errors only, so that successful records cost
+    nothing. In `careful` mode every record has its own callback, and a failure names its source.
+    """
+
+    def __init__(
+        self,
+        properties: Mapping[str, str | int | float | bool],
+        *,
+        transactional_id: str | None,
+        socket_timeout_s: float,
+        deadline_s: float,
+    ) -> None:
+        self.careful = False
+        self.suspect = False
+        self._transactional_id = transactional_id
+        self._slow_s = socket_timeout_s * _SLOW_SHARE
+        self._deadline_s = deadline_s
+        self._failures: list[tuple[KafkaError, Source | None]] = []
+        self._watch = CoordinatorWatch()
+        settings = {
+            **properties,
+            "enable.idempotence": True,
+            "delivery.report.only.error": True,
+            "on_delivery": self._failed,
+            "stats_cb": self._watch.read,
+            "statistics.interval.ms": 1000,
+        }
+        if transactional_id is not None:
+            settings["transactional.id"] = transactional_id
+        self._producer = Producer(settings, logger=logging.getLogger("librdkafka"))
+        if transactional_id is not None:
+            self._call("init_transactions", self._producer.init_transactions)
+
+    @property
+    def needs_replacement(self) -> bool:
+        """Whether the next transaction should begin on a new producer (rule 8)."""
+        return self._transactional_id is not None and (self.suspect or self._watch.moved)
+
+    def begin(self) -> None:
+        """Begins a transaction."""
+        self._failures.clear()
+        self._call("begin_transaction", self._producer.begin_transaction)
+
+    def send(self, outputs: Sequence[Output]) -> None:
+        """Hands records to the client; delivery is waited for by `flush` or `commit`."""
+        produce, careful = self._producer.produce, self.careful
+        for output in outputs:
+            topic, key, value, headers, source = output
+            extra: dict[str, Any] = {"headers": headers} if headers else {}
+            if careful:
+                extra["on_delivery"] = partial(self._failed, source=source)
+            while True:
+                try:
+                    produce(topic, value, key, **extra)
+                    break
+                except BufferError:  # the local queue is full: let deliveries make room
+                    self._call("poll", partial(self._producer.poll, _QUEUE_FULL_WAIT_S), blocks=False)
+                except KafkaException as error:
+                    self._not_taken(error, source)
+
+    def send_offsets(self, next_offsets: Sequence[TopicPartition], group_metadata: bytes) -> None:
+        """Adds the consumed offsets to the transaction."""
+        self._call(
+            "send_offsets_to_transaction",
+            partial(self._producer.send_offsets_to_transaction, next_offsets, group_metadata),
+        )
+
+    def commit(self) -> None:
+        """Waits for every delivery, then commits; on return the transaction is visible."""
+        started = time.monotonic()
+        try:
+            self._call("commit_transaction", self._producer.commit_transaction)
+        finally:
+            self.suspect = self.suspect or time.monotonic() - started > self._slow_s
+
+    def abort(self) -> None:
+        """Aborts; nothing of the transaction is ever visible to read_committed."""
+        started = time.monotonic()
+        try:
+            self._call("abort_transaction", self._producer.abort_transaction)
+        finally:
+            self.suspect = self.suspect or time.monotonic() - started > self._slow_s
+
+    def flush(self) -> None:
+        """Waits for every delivery outside a transaction.
+
+        Raises:
+            Undeliverable, Abort: some records were not written.
+        """
+        deadline = time.monotonic() + self._deadline_s
+        while self._call("flush", partial(self._producer.flush, 1.0), blocks=False) and time.monotonic() < deadline:
+            pass
+        if len(self._producer):
+            raise Lost(f"{len(self._producer)} records were not delivered within {self._deadline_s:.0f} s")
+        self._raise_failures()
+
+    def poll(self) -> None:
+        """Serves callbacks: statistics and failed deliveries."""
+        self._call("poll", partial(self._producer.poll, 0), blocks=False)
+
+    def close(self) -> None:
+        """Lets go of the client. A transaction left open is ended by the next producer of the same id."""
+        self._producer.purge()
+        self._producer.flush(0)
+
+    def _call(self, name: str, call: Callable[..., Any], *, blocks: bool = True) -> Any:
+        deadline = time.monotonic() + self._deadline_s
+        while True:
+            try:
+                return call(_TRY_S) if blocks and name != "begin_transaction" else call()
+            except (KafkaException, SystemError) as raised:
+                error = kafka_error(raised)
+                if error is None:
+                    raise
+                self._decide(name, error, deadline, raised)
+
+    def _decide(self, name: str, error: KafkaError, deadline: float, raised: BaseException) -> None:
+        """Returns to have the call tried again; raises otherwise."""
+        what = consequence(error)
+        message = f"{name}: {describe(error)}"
+        if what is Consequence.FENCED:
+            raise FencedOff(message) from raised
+        if what is Consequence.ABORT:
+            self._raise_failures()
+            raise Abort(message) from raised
+        if what is Consequence.RETRY and time.monotonic() < deadline:
+            return
+        raise Lost(message) from raised
+
+    def _failed(self, error: KafkaError | None, message: Message, source: Source | None = None) -> None:
+        if error is not None:
+            self._failures.append((error, source))
+            log.warning("delivery failed", topic=message.topic(), source=source, error=describe(error))
+
+    def _not_taken(self, error: KafkaException, source: Source) -> None:
+        found = kafka_error(error)
+        if found is not None and found.code() in UNDELIVERABLE_CODES:
+            raise Undeliverable(describe(found), frozenset({source})) from error
+        if found is not None:
+            self._decide("produce", found, 0.0, error)
+        raise error
+
+    def _raise_failures(self) -> None:
+        refused = [(error, source) for error, source in self._failures if error.code() in UNDELIVERABLE_CODES]
+        if refused:
+            sources = frozenset(source for _, source in refused if source is not None)
+            raise Undeliverable(describe(refused[0][0]), sources)
+        if self._failures:
+            raise Abort(describe(self._failures[0][0]))

@@ -1,0 +1,61 @@
+"""librdkafka properties of our clients, made of the configuration. What the loop relies on is set here, and nowhere else."""
+
+from __future__ import annotations
+
+from stream_adapt.config import Config, Scalar, resolve_secrets
+
+#: Time between a record reaching the producer and being sent: batches fill, and a commit does not wait for it.
+_LINGER_MS = 5
+#: Room in the producer's queue; a whole batch and its dead letters fit, so that `send` rarely waits.
+_QUEUE_MESSAGES = 1_000_000
+_QUEUE_KBYTES = 1_048_576
+#: Records fetched ahead, so that the next batch is there when the last one is committed.
+_PREFETCH_KBYTES = 65_536
+#: A request without an answer may be sent again after this; librdkafka wants it below transaction.timeout.ms.
+SOCKET_TIMEOUT_MS = 10_000
+
+
+def common(config: Config) -> dict[str, Scalar]:
+    """Every client's: where the brokers are, who we are, and what the operator passes through."""
+    return {
+        "bootstrap.servers": config.kafka.bootstrap_servers,
+        "client.id": f"{config.app.name}.{config.app.instance}",
+        "socket.timeout.ms": min(SOCKET_TIMEOUT_MS, config.kafka.transaction_timeout_ms),
+        **resolve_secrets(config.kafka.properties),
+    }
+
+
+def consumer(config: Config) -> dict[str, Scalar]:
+    """The input consumer's (reliability rule 1). KIP-848 groups refuse the classic protocol's settings."""
+    classic: dict[str, Scalar] = {
+        "partition.assignment.strategy": "cooperative-sticky",
+        "session.timeout.ms": config.kafka.session_timeout_ms,
+    }
+    return {
+        "queued.max.messages.kbytes": _PREFETCH_KBYTES,
+        "fetch.queue.backoff.ms": 10,
+        **common(config),
+        **resolve_secrets(config.kafka.consumer),
+        "group.id": config.group_id,
+        "group.protocol": config.kafka.group_protocol,
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "isolation.level": "read_committed",
+        "auto.offset.reset": "error",
+        "check.crcs": True,
+        **(classic if config.kafka.group_protocol == "classic" else {}),
+    }
+
+
+def producer(config: Config) -> dict[str, Scalar]:
+    """The output producer's."""
+    transactional = config.delivery == "exactly_once"
+    return {
+        "linger.ms": _LINGER_MS,
+        "queue.buffering.max.messages": _QUEUE_MESSAGES,
+        "queue.buffering.max.kbytes": _QUEUE_KBYTES,
+        "partitioner": "murmur2_random",  # the Java client's, so that a key lies where it looks for it
+        **common(config),
+        **resolve_secrets(config.kafka.producer),
+        **({"transaction.timeout.ms": config.kafka.transaction_timeout_ms} if transactional else {}),
+    }

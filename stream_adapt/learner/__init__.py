@@ -1,0 +1,1 @@
+"""The learner: encoder, feedback levels and update rules. Knows nothing of Kafka."""

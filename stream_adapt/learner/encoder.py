@@ -1,0 +1,279 @@
+"""The encoder φ: declared features and an item id become one vector x̃ of length D+1.
+
+Every feature is a sum of `weight × row` over the rows of one table, so one sparse form serves them all:
+
+| type        | value                 | rows it touches                                         |
+|-------------|-----------------------|---------------------------------------------------------|
+| categorical | string                | its own, weight 1                                       |
+| bag         | list of strings       | one for each known string, weight 1/√(strings given)    |
+| numeric     | number                | one, weight (value − mean)/scale; with `hats: k` the two |
+|             |                       | neighbouring knots of k, weights that sum to 1          |
+| vector      | k numbers             | k, weight the number itself                             |
+
+The last column of a row, index D, adds to the bias. Features `of: item` and `of: event` add to x̃; features
+`of: user` add to the prior mean w₀ of that user. Values never seen in pretraining add nothing.
+
+Capital letters: n events, D dimensions, F rows of the item and event table, A rows of the user table.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Annotated, Any, Literal
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from stream_adapt.errors import ConfigError
+
+Floats32 = npt.NDArray[np.float32]
+Role = Literal["item", "user", "event"]
+#: (rows touched, their weights)
+Pairs = tuple[list[int], list[float]]
+
+#: A numeric feature further than this many standard deviations out counts as this far.
+NUMERIC_CLIP = 5.0
+#: Larger numbers are refused: float32 could not square them.
+NUMBER_LIMIT = 1e9
+#: Strings in one bag.
+BAG_LIMIT = 1000
+#: Distinct combinations of item (or user) features whose encoding is kept; beyond it the cache starts anew.
+CACHE_LIMIT = 200_000
+
+
+class Categorical(msgspec.Struct, frozen=True, tag_field="type", tag="categorical", forbid_unknown_fields=True):
+    """One string of a vocabulary; the `limit` most frequent are kept."""
+
+    of: Role = "item"
+    limit: int = 10_000
+
+
+class Bag(msgspec.Struct, frozen=True, tag_field="type", tag="bag", forbid_unknown_fields=True):
+    """A list of strings of a vocabulary; the `limit` most frequent are kept."""
+
+    of: Role = "item"
+    limit: int = 10_000
+
+
+class Numeric(msgspec.Struct, frozen=True, tag_field="type", tag="numeric", forbid_unknown_fields=True):
+    """A number, standardised; with `hats` > 1 a piecewise linear function with knots at that many quantiles."""
+
+    of: Role = "item"
+    hats: int = 0
+
+
+class Vector(msgspec.Struct, frozen=True, tag_field="type", tag="vector", forbid_unknown_fields=True):
+    """Numbers made upstream (an embedding of text or image), always `length` of them."""
+
+    length: Annotated[int, msgspec.Meta(ge=1, le=4096)]
+    of: Role = "item"
+
+
+Feature = Categorical | Bag | Numeric | Vector
+
+
+class FittedFeature(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """A declared feature after pretraining: where its rows start and what its values mean."""
+
+    name: str
+    feature: Feature
+    start: int  # first row in its table
+    width: int  # number of rows
+    vocabulary: tuple[str, ...] = ()
+    knots: tuple[float, ...] = ()
+    mean: float = 0.0
+    scale: float = 1.0
+
+
+def features_struct(declared: Mapping[str, Feature]) -> type[msgspec.Struct]:
+    """The struct that JSON features decode into: one optional field per declared feature; others are skipped.
+
+    Decoding refuses numbers beyond ±NUMBER_LIMIT and vectors of another length than declared.
+    """
+    fields = [(name, _json_type(feature) | None, None) for name, feature in declared.items()]
+    return msgspec.defstruct("Features", fields, frozen=True, gc=False)
+
+
+def _json_type(feature: Feature) -> Any:
+    number = Annotated[float, msgspec.Meta(ge=-NUMBER_LIMIT, le=NUMBER_LIMIT)]
+    if isinstance(feature, Categorical):
+        return str
+    if isinstance(feature, Bag):
+        return Annotated[tuple[str, ...], msgspec.Meta(max_length=BAG_LIMIT)]
+    if isinstance(feature, Numeric):
+        return number
+    return Annotated[tuple[number, ...], msgspec.Meta(min_length=feature.length, max_length=feature.length)]
+
+
+def fit(declared: Mapping[str, Feature], columns: Mapping[str, Sequence[Any]]) -> tuple[FittedFeature, ...]:
+    """Learns vocabularies, means and knots from the pretraining events; `columns[name]` holds `[n]` values or None.
+
+    Rows are numbered apart for features of users (table A) and for those of items and events (table F).
+    """
+    starts = {"user": 0, "x": 0}
+    fitted = []
+    for name, feature in declared.items():
+        table = "user" if feature.of == "user" else "x"
+        one = _fit_one(name, feature, starts[table], [v for v in columns[name] if v is not None])
+        starts[table] += one.width
+        fitted.append(one)
+    return tuple(fitted)
+
+
+def _fit_one(name: str, feature: Feature, start: int, values: Sequence[Any]) -> FittedFeature:
+    if isinstance(feature, Vector):
+        return FittedFeature(name, feature, start, feature.length)
+    if isinstance(feature, Numeric):
+        return _fit_numeric(name, feature, start, np.asarray(values, dtype=np.float64))
+    strings = values if isinstance(feature, Categorical) else (s for bag in values for s in bag)
+    vocabulary = _most_frequent(strings, feature.limit)
+    return FittedFeature(name, feature, start, len(vocabulary), vocabulary=vocabulary)
+
+
+def _most_frequent(strings: Iterable[str], limit: int) -> tuple[str, ...]:
+    counts: dict[str, int] = {}
+    for string in strings:
+        counts[string] = counts.get(string, 0) + 1
+    return tuple(sorted(counts, key=lambda s: (-counts[s], s))[:limit])
+
+
+def _fit_numeric(name: str, feature: Numeric, start: int, values: npt.NDArray[np.float64]) -> FittedFeature:
+    if values.size == 0:
+        return FittedFeature(name, feature, start, 1)
+    if feature.hats > 1:
+        knots = np.unique(np.quantile(values, np.linspace(0, 1, feature.hats)))
+        if knots.size > 1:
+            return FittedFeature(name, feature, start, int(knots.size), knots=tuple(knots.tolist()))
+    scale = float(values.std()) or 1.0
+    return FittedFeature(name, feature, start, 1, mean=float(values.mean()), scale=scale)
+
+
+class _Reader:
+    """Turns one fitted feature's value into pairs."""
+
+    def __init__(self, fitted: FittedFeature) -> None:
+        self.fitted = fitted
+        self.row = {value: fitted.start + i for i, value in enumerate(fitted.vocabulary)}
+        self.read = {Categorical: self._categorical, Bag: self._bag, Numeric: self._numeric, Vector: self._vector}[
+            type(fitted.feature)
+        ]
+
+    def _categorical(self, value: str) -> Pairs:
+        row = self.row.get(value)
+        return ([], []) if row is None else ([row], [1.0])
+
+    def _bag(self, value: tuple[str, ...]) -> Pairs:
+        rows = [self.row[v] for v in value if v in self.row]
+        return rows, [1.0 / math.sqrt(len(value))] * len(rows) if rows else []
+
+    def _numeric(self, value: float) -> Pairs:
+        fitted = self.fitted
+        if not fitted.knots:
+            weight = (value - fitted.mean) / fitted.scale
+            return [fitted.start], [min(max(weight, -NUMERIC_CLIP), NUMERIC_CLIP)]
+        knots = fitted.knots
+        value = min(max(value, knots[0]), knots[-1])
+        right = min(max(int(np.searchsorted(knots, value, side="right")), 1), len(knots) - 1)
+        share = (value - knots[right - 1]) / (knots[right] - knots[right - 1])
+        return [fitted.start + right - 1, fitted.start + right], [1.0 - share, share]
+
+    def _vector(self, value: tuple[float, ...]) -> Pairs:
+        return list(range(self.fitted.start, self.fitted.start + len(value))), list(value)
+
+
+class FeatureReader:
+    """Reads the sparse pairs of one role from a features struct; used alike in training and in service."""
+
+    def __init__(self, fitted: Sequence[FittedFeature], role: Role) -> None:
+        self._readers = [_Reader(f) for f in fitted if f.feature.of == role]
+        self.names = tuple(reader.fitted.name for reader in self._readers)
+
+    def __bool__(self) -> bool:
+        return bool(self._readers)
+
+    def key(self, features: Any) -> tuple[Any, ...]:
+        """The role's values, hashable: equal keys have equal pairs."""
+        return tuple([getattr(features, name) for name in self.names]) if features is not None else ()
+
+    def pairs(self, key: tuple[Any, ...]) -> Pairs:
+        """Rows and weights of a key."""
+        rows: list[int] = []
+        weights: list[float] = []
+        for reader, value in zip(self._readers, key, strict=False):  # the empty key: no features at all
+            if value is not None:
+                more_rows, more_weights = reader.read(value)
+                rows += more_rows
+                weights += more_weights
+        return rows, weights
+
+
+class EncodingCache:
+    """Encodings of the distinct keys of one role: an array `[C, D+1]` and, per event, an index into it.
+
+    A key's vector is summed row by row in float32, so it does not depend on the batch in which it was first met.
+    """
+
+    def __init__(self, reader: FeatureReader, table: Floats32) -> None:
+        self._reader = reader
+        self._table = table
+        self._index: dict[tuple[Any, ...], int] = {}
+        self.vectors = np.zeros((64, table.shape[1]), dtype=np.float32)
+
+    def index(self, features: Sequence[Any]) -> npt.NDArray[np.int32]:
+        """Indices `[n]` into `vectors` of the features of n events. Earlier indices may become invalid."""
+        if not self._reader:
+            return np.zeros(len(features), dtype=np.int32)
+        if len(self._index) > CACHE_LIMIT:
+            self._index.clear()
+        key, known = self._reader.key, self._index
+        keys = [key(f) for f in features]
+        for new in [k for k in keys if k not in known]:
+            self._add(new)
+        return np.array([known[k] for k in keys], dtype=np.int32)
+
+    def _add(self, key: tuple[Any, ...]) -> None:
+        if key in self._index:
+            return
+        slot = len(self._index)
+        if slot >= len(self.vectors):
+            self.vectors = np.concatenate([self.vectors, np.zeros_like(self.vectors)])
+        vector = self.vectors[slot]
+        vector[:] = 0.0
+        rows, weights = self._reader.pairs(key)
+        for row, weight in zip(rows, weights, strict=True):
+            vector += np.float32(weight) * self._table[row]
+        self._index[key] = slot
+
+
+def event_pairs(
+    reader: FeatureReader, features: Sequence[Any]
+) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], Floats32]:
+    """Compressed sparse rows of n events: row pointers `[n+1]`, table rows `[k]`, weights `[k]`."""
+    if not reader:
+        return np.zeros(len(features) + 1, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32)
+    pointers, rows, weights = [0], [], []
+    for f in features:
+        more_rows, more_weights = reader.pairs(reader.key(f))
+        rows += more_rows
+        weights += more_weights
+        pointers.append(len(rows))
+    return np.array(pointers, np.int32), np.array(rows, np.int32), np.array(weights, np.float32)
+
+
+def parse_features(raw: Mapping[str, Any]) -> dict[str, Feature]:
+    """Declared features from configuration.
+
+    Raises:
+        ConfigError: names the feature and what is wrong with it.
+    """
+    parsed = {}
+    for name, value in raw.items():
+        if not name.isidentifier():
+            raise ConfigError(f"features.{name}: a feature's name is letters, digits and underscores")
+        try:
+            parsed[name] = msgspec.convert(value, Feature)
+        except msgspec.ValidationError as error:
+            raise ConfigError(f"features.{name}={value!r}: {error}") from error
+    return parsed

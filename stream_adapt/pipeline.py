@@ -1,0 +1,58 @@
+"""The path of a batch up to the commit: decode → adapt → emit. No input or output here but the rows' memory.
+
+    raw records ─▶ decode ─▶ adapt (score, then learn, event by event) ─▶ emit ─▶ Work
+                     └──────────────── dead letters ────────────────────▶┘
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+from stream_adapt.adapt import Adapter
+from stream_adapt.decode import Decoder
+from stream_adapt.emit import Emitter
+from stream_adapt.record import DeadLetter, RawBatch, Source, Work
+
+#: Called with a stage's name and its seconds.
+StageTimer = Callable[[str, float], None]
+
+
+class Pipeline:
+    """Decoder, adapter and emitter of one model, in order."""
+
+    def __init__(
+        self, decoder: Decoder, adapter: Adapter, emitter: Emitter, timer: StageTimer = lambda _stage, _s: None
+    ) -> None:
+        self.decoder = decoder
+        self.adapter = adapter
+        self.emitter = emitter
+        self._timer = timer
+
+    def __call__(self, raw: RawBatch, undeliverable: Mapping[Source, int] = MappingProxyType({})) -> Work:
+        """Everything that n records lead to. The rows are changed; `adapter.commit` or `.abort` decides.
+
+        Args:
+            raw: records in consumption order.
+            undeliverable: sources whose output the broker refused for good, and how many times so far: their
+                records become dead letters, and dead letters that were refused go without payload.
+        """
+        started = time.perf_counter()
+        batch, dead = self.decoder(raw, undeliverable)
+        decoded = time.perf_counter()
+        adapted = self.adapter.adapt(batch)
+        learned = time.perf_counter()
+        outputs = self.emitter.scores(batch, adapted)
+        for letter in dead:
+            outputs.append(self.emitter.dead_letter(letter, truncated=_refused_twice(letter, undeliverable)))
+        self._timer("decode", decoded - started)
+        self._timer("adapt", learned - decoded)
+        self._timer("emit", time.perf_counter() - learned)
+        return Work(outputs, dict(zip(raw.partitions, (o + 1 for o in raw.offsets), strict=True)), batch, adapted, dead)
+
+
+def _refused_twice(letter: DeadLetter, undeliverable: Mapping[Source, int]) -> bool:
+    """Whether the dead letter itself was refused, not only the score it replaces."""
+    times = undeliverable.get((letter.partition, letter.offset), 0)
+    return times > (letter.reason == "not_delivered")

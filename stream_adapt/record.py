@@ -1,0 +1,153 @@
+"""What flows through the pipeline: raw records in, events, scores and dead letters out. Nothing imports less.
+
+A micro-batch is columns, not objects: one list or array per field, all of the same length n, in the order in which
+the records were consumed. Within one partition that is offset order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import IntFlag
+from typing import Any, NamedTuple, NewType
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+UserId = NewType("UserId", str)
+ItemId = NewType("ItemId", str)
+
+Floats = npt.NDArray[np.float64]
+Longs = npt.NDArray[np.int64]
+Ints = npt.NDArray[np.int32]
+
+#: Where a record lies in the input topic: partition, offset.
+Source = tuple[int, int]
+
+#: One declared feature's value as producers send it.
+FeatureValue = float | str | list[str] | list[float] | None
+
+#: `level` of an event that carries no feedback: it is scored, and nothing is learned from it.
+NO_LEVEL = -1
+
+
+class UserEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
+    """One thing a user did with an item: event v1, `schemas/event-v1.json`.
+
+    This is the general form that producers, data sets and tests build. The consumer decodes the same JSON into a
+    narrower struct that knows only the declared features (`decode.py`).
+    """
+
+    event_id: str
+    user_id: UserId
+    item_id: ItemId
+    event_type: str
+    timestamp: int  # ms since the epoch
+    label: float | None = None
+    features: dict[str, FeatureValue] = {}
+    domain: str | None = None
+
+
+class Flag(IntFlag):
+    """What was special about an event; a score carries the names."""
+
+    SCORE_ONLY = 1  # no label and no mapped event type: nothing was learned
+    NAN_UNDONE = 2  # the update was not finite and was undone; the score is the last good row's
+    LATE = 4  # older than the last event learned for this user
+
+
+class Score(msgspec.Struct, frozen=True, gc=False):
+    """One scored event: score v1, `schemas/score-v1.json`."""
+
+    event_id: str
+    user_id: UserId
+    item_id: ItemId
+    score: float
+    frozen_score: float
+    updated_score: float
+    level: int | None
+    target: int | None
+    uncertainty: float
+    model_version: str
+    adaptations: int
+    flags: tuple[str, ...]
+    event_timestamp: int
+    scored_at: int
+    source_topic: str
+    source_partition: int
+    source_offset: int
+
+
+@dataclass(frozen=True, slots=True)
+class RawBatch:
+    """Records as Kafka gave them: columns of equal length n."""
+
+    keys: list[bytes | None]
+    values: list[bytes | None]
+    partitions: list[int]
+    offsets: list[int]
+
+    def __len__(self) -> int:
+        return len(self.values)
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """A record that was refused: its original bytes and why. The reason is one of `decode.REASONS`."""
+
+    key: bytes | None
+    value: bytes | None
+    partition: int
+    offset: int
+    reason: str
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Decoded and valid events: columns of equal length n, in consumption order."""
+
+    event_ids: list[str]
+    user_ids: list[UserId]
+    item_ids: list[ItemId]
+    features: list[Any]  # structs made by `learner.encoder.features_struct`, or None
+    timestamps_ms: Longs
+    levels: npt.NDArray[np.int8]  # NO_LEVEL where there is nothing to learn
+    partitions: Ints
+    offsets: Longs
+
+    def __len__(self) -> int:
+        return len(self.event_ids)
+
+
+@dataclass(frozen=True, slots=True)
+class Adapted:
+    """What the learner said of a batch: columns of length n. Scores are probabilities that the target is 1."""
+
+    score: Floats
+    frozen_score: Floats
+    updated_score: Floats
+    uncertainty: Floats  # standard deviation of the logit before the update
+    adaptations: Longs  # of this user so far, this event included if it taught
+    flags: npt.NDArray[np.uint8]  # bits of Flag
+
+
+class Output(NamedTuple):
+    """One record to produce, and the input record that led to it."""
+
+    topic: str
+    key: bytes | None
+    value: bytes | None
+    headers: list[tuple[str, bytes]] | None
+    source: Source
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """What one batch led to: all of it becomes visible in one transaction, or none."""
+
+    outputs: list[Output]
+    next_offsets: dict[int, int]  # by partition: last offset of the batch + 1
+    batch: Batch
+    adapted: Adapted
+    dead_letters: list[DeadLetter]

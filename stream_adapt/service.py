@@ -1,0 +1,149 @@
+"""One member of the consumer group, put together from its configuration and run until it is told to stop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+import structlog
+from confluent_kafka import KafkaException, TopicCollection
+from confluent_kafka.admin import AdminClient
+
+from stream_adapt.adapt import Adapter
+from stream_adapt.commit import AtLeastOnce, Delivery, ExactlyOnce
+from stream_adapt.config import Config
+from stream_adapt.decode import Decoder, Limits
+from stream_adapt.emit import Destinations, Emitter
+from stream_adapt.errors import ConfigError, KafkaRefused
+from stream_adapt.kafka import properties
+from stream_adapt.kafka.consumer import InputConsumer, RebalanceListener
+from stream_adapt.kafka.errors import describe, kafka_error
+from stream_adapt.kafka.producer import OutputProducer
+from stream_adapt.learner.feedback import Feedback
+from stream_adapt.models import Model, read_model
+from stream_adapt.pipeline import Pipeline
+from stream_adapt.runner import Observer, Pace, Runner, Shutdown
+
+log = structlog.get_logger(__name__)
+
+#: A producer call that may be tried again is given up after this many transaction timeouts.
+_DEADLINE_TIMEOUTS = 2
+#: Two fencings within this many transaction timeouts: another live instance (reliability rule 6).
+_FENCE_TIMEOUTS = 3
+_ADMIN_TIMEOUT_S = 15.0
+
+
+def serve(config: Config, observer: Observer, shutdown: Shutdown, pace: Pace | None = None) -> int:
+    """Runs a member; returns how many events it committed.
+
+    Raises:
+        ConfigError, KafkaRefused, Fenced: each says what to do.
+    """
+    model = served_model(config)
+    topics = Destinations(config.topic("events"), config.topic("scores"), config.topic("dead_letters"))
+    topic_id = check_topics(config, topics)
+    pipeline = build_pipeline(config, model, topics, observer.stage)
+    runner: Runner
+    listener = RebalanceListener(lambda p: runner.assigned(p), lambda p: runner.revoked(p))
+    consumer = InputConsumer(
+        properties.consumer(config), topics.events, start=config.input.start, listener=listener
+    )
+    delivery = build_delivery(config, consumer)
+    runner = Runner(consumer, pipeline, delivery, observer, pace or pace_of(config), topic_id=topic_id)
+    log.info("running", model=model.version, delivery=config.delivery, events=topics.events, group=config.group_id)
+    try:
+        runner.run(shutdown)
+    finally:
+        delivery.close()
+        consumer.close()
+    return runner.events
+
+
+def served_model(config: Config) -> Model:
+    """The model that the configuration names, with the configuration's covariance and feedback mapping.
+
+    Raises:
+        ConfigError: the mapping's levels or target are not those the model was trained for.
+    """
+    model = read_model(config.model.path)
+    spec = model.spec
+    if config.model.covariance is not None:
+        spec = msgspec.structs.replace(spec, covariance=config.model.covariance)
+    if config.input.feedback is not None:
+        spec = msgspec.structs.replace(spec, feedback=_agreed_feedback(config.input.feedback, spec.feedback))
+    return Model(msgspec.structs.replace(model.manifest, spec=spec), model.weights)
+
+
+def _agreed_feedback(raw: object, trained: Feedback) -> Feedback:
+    try:
+        feedback = msgspec.convert(raw, Feedback)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"input.feedback={raw!r}: {error}") from error
+    if (feedback.levels, feedback.target) != (trained.levels, trained.target):
+        raise ConfigError(
+            f"input.feedback: levels={list(feedback.levels)}, target={feedback.target!r}; the model was trained for "
+            f"levels={list(trained.levels)}, target={trained.target!r}. Use its levels, or pretrain again"
+        )
+    return feedback
+
+
+def build_pipeline(config: Config, model: Model, topics: Destinations, timer: Callable[[str, float], None]) -> Pipeline:
+    """Decoder, adapter and emitter for one model."""
+    limits = Limits(config.input.max_bytes, config.input.max_future_s, config.input.check_key)
+    return Pipeline(
+        Decoder(model.spec.features, model.spec.feedback, limits),
+        Adapter(model),
+        Emitter(topics, model.version, model.spec.feedback.target_level),
+        timer,
+    )
+
+
+def pace_of(config: Config) -> Pace:
+    """Batch size and latency bound."""
+    return Pace(max_batch=config.input.max_batch, latency_s=config.input.latency_ms / 1000)
+
+
+def build_delivery(config: Config, consumer: InputConsumer) -> Delivery:
+    """The commit that `delivery` names, with producers that are built when needed."""
+    timeout_s = config.kafka.transaction_timeout_ms / 1000
+    exactly_once = config.delivery == "exactly_once"
+    settings = properties.producer(config)
+
+    def make_producer() -> OutputProducer:
+        return OutputProducer(
+            settings,
+            transactional_id=config.transactional_id if exactly_once else None,
+            socket_timeout_s=float(settings["socket.timeout.ms"]) / 1000,
+            deadline_s=_DEADLINE_TIMEOUTS * timeout_s,
+        )
+
+    if not exactly_once:
+        return AtLeastOnce(make_producer, consumer)
+    return ExactlyOnce(
+        make_producer,
+        consumer,
+        transactional_id=config.transactional_id,
+        fence_window_s=_FENCE_TIMEOUTS * timeout_s,
+    )
+
+
+def check_topics(config: Config, topics: Destinations) -> str:
+    """Makes sure that every topic is there before the first record is read; returns the input topic's id.
+
+    Raises:
+        KafkaRefused: a topic is missing or may not be described, or no broker answers.
+    """
+    admin = AdminClient(properties.common(config))
+    names = [topics.events, topics.scores, topics.dead_letters]
+    futures = admin.describe_topics(TopicCollection(names), request_timeout=_ADMIN_TIMEOUT_S)
+    ids = {}
+    for name, future in futures.items():
+        try:
+            ids[name] = str(future.result().topic_id)
+        except KafkaException as error:
+            found = kafka_error(error)
+            raise KafkaRefused(
+                f"{name}: {found and describe(found)} at {config.kafka.bootstrap_servers}. To do: "
+                "`stream-adapt topics create -c FILE`, or check kafka.bootstrap_servers and the principal's rights"
+            ) from error
+    return ids[topics.events]

@@ -1,0 +1,43 @@
+"""The overlay: the old bytes of every row touched since the last commit. An abort puts them back."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from stream_adapt.state.table import Slots, Table
+
+
+class Overlay:
+    """Old rows of some tables. `keep` before writing, then `forget` after the commit or `restore` after an abort."""
+
+    def __init__(self, *tables: Table) -> None:
+        self._tables = tables
+        self._kept: list[tuple[Table, Slots, npt.NDArray[Any]]] = []
+
+    def keep(self, table: Table, slots: Slots) -> None:
+        """Copies the rows at `slots` `[n]`, in any order and with repeats, as they are now."""
+        touched = np.unique(slots)
+        self._kept.append((table, touched, table.rows[touched]))
+
+    def touched(self, table: Table) -> Slots:
+        """Slots of a table that were touched since the last commit, each once."""
+        kept = [slots for kept_table, slots, _ in self._kept if kept_table is table]
+        return np.unique(np.concatenate(kept)) if kept else np.zeros(0, dtype=np.int64)
+
+    def restore(self) -> None:
+        """Puts every row back, newest copy first, and takes out the rows that were created."""
+        for table, slots, rows in reversed(self._kept):
+            table.rows[slots] = rows
+        for table in self._tables:
+            for partition, row_id, _ in reversed(table.created):
+                table.remove(partition, row_id)
+        self.forget()
+
+    def forget(self) -> None:
+        """The rows as they are now are the committed state."""
+        self._kept.clear()
+        for table in self._tables:
+            table.forget_created()
