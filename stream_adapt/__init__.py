@@ -1,0 +1,20 @@
+"""stream-adapt: a Kafka consumer that personalises scores while users act.
+
+The path of a record, in reading order:
+
+    record     what flows: events, scores, dead letters, batches as columns
+    decode     raw records → valid events and dead letters
+    adapt      score each event with its user's fast weights, then learn from it
+    emit       scores and dead letters → output records
+    pipeline   the three above, in order
+    commit     outputs and offsets in one transaction, and what every error means
+    runner     poll → pipeline → commit, until told to stop
+    service    a member put together from its configuration
+
+Around it: `learner/` (encoder, feedback, rules), `state/` (rows, overlay), `models` (slow weights on disk), `meta/`
+(pretraining), `kafka/`, `datasets/`, `config`, `metrics`, `health`, `demo`, `bench`, and `testing/` for your own tests.
+"""
+
+from importlib.metadata import version
+
+__version__ = version("stream-adapt")

@@ -24,7 +24,7 @@ from stream_adapt.errors import Fenced, KafkaRefused
 from stream_adapt.kafka.consumer import generation
 from stream_adapt.kafka.errors import describe, kafka_error
 from stream_adapt.kafka.producer import Abort, FencedOff, Lost, OutputProducer, ProducerError, Undeliverable
-from stream_adapt.record import Output, Source
+from stream_adapt.record import Outputs, Source
 
 log = structlog.get_logger(__name__)
 
@@ -52,7 +52,7 @@ class Delivery(Protocol):
 
     undeliverable: dict[Source, int]
 
-    def commit(self, outputs: Sequence[Output], next_offsets: Mapping[int, int]) -> Outcome: ...
+    def commit(self, outputs: Sequence[Outputs], next_offsets: Mapping[int, int]) -> Outcome: ...
     def idle(self) -> None: ...
     def close(self) -> None: ...
 
@@ -102,7 +102,7 @@ class ExactlyOnce:
         """Sources whose output the broker refused for good, and how many times."""
         return self._refusals.undeliverable
 
-    def commit(self, outputs: Sequence[Output], next_offsets: Mapping[int, int]) -> Outcome:
+    def commit(self, outputs: Sequence[Outputs], next_offsets: Mapping[int, int]) -> Outcome:
         """Makes a batch visible, or finds out that it is not.
 
         1. Replace the producer if an old EndTxn may still be under way; begin.
@@ -122,7 +122,8 @@ class ExactlyOnce:
             self._replace_if_suspect()
             self._producer.begin()
             # 2. and 3. Everything that the batch led to, and where it ends.
-            self._producer.send(outputs)
+            for block in outputs:
+                self._producer.send(block)
             self._send_offsets(next_offsets)
             # 4. The point of no return.
             self._producer.commit()
@@ -232,10 +233,11 @@ class AtLeastOnce:
         """Sources whose output the broker refused for good, and how many times."""
         return self._refusals.undeliverable
 
-    def commit(self, outputs: Sequence[Output], next_offsets: Mapping[int, int]) -> Outcome:
+    def commit(self, outputs: Sequence[Outputs], next_offsets: Mapping[int, int]) -> Outcome:
         """Waits for every delivery, then commits the offsets."""
         try:
-            self._producer.send(outputs)
+            for block in outputs:
+                self._producer.send(block)
             self._producer.flush()
             self._group.commit(next_offsets)
         except (ProducerError, KafkaException) as error:

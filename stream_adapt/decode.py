@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from stream_adapt.learner.encoder import Feature, features_struct
+from stream_adapt.learner.encoder import Feature, Vector, features_struct
 from stream_adapt.learner.feedback import Feedback
 from stream_adapt.record import Batch, DeadLetter, RawBatch, Source
 
@@ -66,6 +66,7 @@ class Decoder:
         self._feedback = feedback
         self._limits = limits
         self._now_ms = now_ms
+        self._vectors = frozenset(name for name, feature in features.items() if isinstance(feature, Vector))
         self._decode = msgspec.json.Decoder(event_struct(features, feedback)).decode
 
     def __call__(self, raw: RawBatch, undeliverable: Container[Source] = ()) -> tuple[Batch, list[DeadLetter]]:
@@ -93,7 +94,7 @@ class Decoder:
                 if event.timestamp > latest:
                     raise _Refused("future_timestamp", f"timestamp={event.timestamp}, accepted up to {latest}")
             except Exception as error:  # noqa: BLE001 - whatever a hostile record raises, it must not stop the stream
-                dead.append(_dead_letter(raw, i, error))
+                dead.append(_dead_letter(raw, i, error, self._vectors))
             else:
                 events.append(event)
                 kept.append(i)
@@ -144,28 +145,28 @@ def _mismatch(key: bytes | None, user_id: str) -> str:
     return f"key={(key or b'')[:80]!r}, user_id={user_id[:80]!r}"
 
 
-def _dead_letter(raw: RawBatch, i: int, error: Exception) -> DeadLetter:
+def _dead_letter(raw: RawBatch, i: int, error: Exception, vectors: frozenset[str]) -> DeadLetter:
     value = raw.values[i]
     if isinstance(error, _Refused):
         reason, detail = error.reason, error.detail
     elif value is None:
         reason, detail = "null_value", "a tombstone is not an event"
     else:
-        reason, detail = _reason(value, error), f"{error}"[:500]
+        reason, detail = _reason(value, error, vectors), f"{error}"[:500]
     return DeadLetter(raw.keys[i], value, raw.partitions[i], raw.offsets[i], reason, detail)
 
 
-def _reason(value: bytes, error: Exception) -> str:
+def _reason(value: bytes, error: Exception, vectors: frozenset[str]) -> str:
     if isinstance(error, RecursionError):
         return "too_deep"
     if isinstance(error, UnicodeDecodeError) or not _is_utf8(value):
         return "not_utf8"
     if isinstance(error, msgspec.ValidationError):
-        return _invalid(str(error))
+        return _invalid(str(error), vectors)
     return "not_finite" if _holds_infinity(value) else "not_json"
 
 
-def _invalid(message: str) -> str:
+def _invalid(message: str, vectors: frozenset[str]) -> str:
     """The reason behind a message of msgspec, `Expected … - at `$.path``; pinned by tests/unit/test_decode.py."""
     path = message.rpartition("`$")[2]
     if "missing required field" in message:
@@ -173,9 +174,9 @@ def _invalid(message: str) -> str:
     if "out of range" in message:
         return "not_finite" if "Number" in message else "out_of_range"
     if "of length" in message:
-        if not path.startswith(".features"):
-            return "empty_id" if ">=" in message else "too_large"
-        return "vector_length"
+        if path.removeprefix(".features.").rstrip("`") in vectors:
+            return "vector_length"
+        return "empty_id" if ">=" in message else "too_large"
     if ">=" in message or "<=" in message:
         return {".label": "label_out_of_range", ".timestamp": "bad_timestamp"}.get(path.rstrip("`"), "out_of_range")
     return "wrong_type"

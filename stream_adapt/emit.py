@@ -6,14 +6,14 @@ Third stage of the path. Field names and meanings: `schemas/score-v1.json`, `sch
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from itertools import repeat
 
 import msgspec
 import numpy as np
 
-from stream_adapt.record import NO_LEVEL, Adapted, Batch, DeadLetter, Flag, Output, Score
+from stream_adapt.record import NO_LEVEL, Adapted, Batch, DeadLetter, Flag, Outputs, Score, Source
 
 #: Longest detail in a dead letter's header, in characters.
 _DETAIL_LIMIT = 500
@@ -42,13 +42,14 @@ class Emitter:
     ) -> None:
         self._topics = topics
         self._version = model_version
-        self._target_level = target_level
+        levels = range(np.iinfo(np.int8).max)
+        self._level = {NO_LEVEL: None, **{level: level for level in levels}}
+        self._target = {NO_LEVEL: None, **{level: int(level >= target_level) for level in levels}}
         self._now_ms = now_ms
         self._encode = msgspec.json.Encoder().encode
 
-    def scores(self, batch: Batch, adapted: Adapted) -> list[Output]:
+    def scores(self, batch: Batch, adapted: Adapted) -> Outputs:
         """One score for each of n events, keyed by user like the event itself."""
-        encode, topic = self._encode, self._topics.scores
         partitions, offsets = batch.partitions.tolist(), batch.offsets.tolist()
         levels = batch.levels.tolist()
         rows = map(
@@ -59,8 +60,8 @@ class Emitter:
             _rounded(adapted.score),
             _rounded(adapted.frozen_score),
             _rounded(adapted.updated_score),
-            [None if level == NO_LEVEL else level for level in levels],
-            [None if level == NO_LEVEL else int(level >= self._target_level) for level in levels],
+            map(self._level.__getitem__, levels),
+            map(self._target.__getitem__, levels),
             _rounded(adapted.uncertainty),
             repeat(self._version),
             adapted.adaptations.tolist(),
@@ -71,16 +72,25 @@ class Emitter:
             partitions,
             offsets,
         )
-        return [
-            Output(topic, row.user_id.encode(), encode(row), None, (row.source_partition, row.source_offset))
-            for row in rows
-        ]
+        keys = [user_id.encode() for user_id in batch.user_ids]
+        return Outputs(self._topics.scores, keys, list(map(self._encode, rows)), None, partitions, offsets)
 
-    def dead_letter(self, letter: DeadLetter, *, truncated: bool = False) -> Output:
+    def dead_letters(self, letters: list[DeadLetter], truncated: Collection[Source] = ()) -> Outputs:
         """The original bytes, unchanged; what is known of them is in the headers.
 
-        With `truncated` the payload is left out, for a dead letter that is itself too large.
+        Those whose source is in `truncated` go without key and payload, because they are themselves too large.
         """
+        cut = [(letter.partition, letter.offset) in truncated for letter in letters]
+        return Outputs(
+            self._topics.dead_letters,
+            [None if c else letter.key for c, letter in zip(cut, letters, strict=True)],
+            [None if c else letter.value for c, letter in zip(cut, letters, strict=True)],
+            [self._headers(letter, c) for c, letter in zip(cut, letters, strict=True)],
+            [letter.partition for letter in letters],
+            [letter.offset for letter in letters],
+        )
+
+    def _headers(self, letter: DeadLetter, truncated: bool) -> list[tuple[str, bytes]]:
         headers = [
             ("stream-adapt.schema", b"dead-letter/v1"),
             ("stream-adapt.reason", letter.reason.encode()),
@@ -89,11 +99,7 @@ class Emitter:
             ("stream-adapt.source.partition", str(letter.partition).encode()),
             ("stream-adapt.source.offset", str(letter.offset).encode()),
         ]
-        key, value = letter.key, letter.value
-        if truncated:
-            headers.append(("stream-adapt.truncated", b"true"))
-            key, value = None, None
-        return Output(self._topics.dead_letters, key, value, headers, (letter.partition, letter.offset))
+        return [*headers, ("stream-adapt.truncated", b"true")] if truncated else headers
 
 
 def _rounded(column: np.ndarray) -> list[float]:  # type: ignore[type-arg]

@@ -43,16 +43,21 @@ class Pipeline:
         decoded = time.perf_counter()
         adapted = self.adapter.adapt(batch)
         learned = time.perf_counter()
-        outputs = self.emitter.scores(batch, adapted)
-        for letter in dead:
-            outputs.append(self.emitter.dead_letter(letter, truncated=_refused_twice(letter, undeliverable)))
+        outputs = [self.emitter.scores(batch, adapted)]
+        if dead:
+            outputs.append(self.emitter.dead_letters(dead, _too_large_themselves(dead, undeliverable)))
         self._timer("decode", decoded - started)
         self._timer("adapt", learned - decoded)
         self._timer("emit", time.perf_counter() - learned)
         return Work(outputs, dict(zip(raw.partitions, (o + 1 for o in raw.offsets), strict=True)), batch, adapted, dead)
 
 
-def _refused_twice(letter: DeadLetter, undeliverable: Mapping[Source, int]) -> bool:
-    """Whether the dead letter itself was refused, not only the score it replaces."""
-    times = undeliverable.get((letter.partition, letter.offset), 0)
-    return times > (letter.reason == "not_delivered")
+def _too_large_themselves(dead: list[DeadLetter], undeliverable: Mapping[Source, int]) -> set[Source]:
+    """Sources whose dead letter was refused, and not only the score that it replaces."""
+    if not undeliverable:
+        return set()
+    return {
+        (letter.partition, letter.offset)
+        for letter in dead
+        if undeliverable.get((letter.partition, letter.offset), 0) > (letter.reason == "not_delivered")
+    }

@@ -6,9 +6,10 @@ the records were consumed. Within one partition that is offset order.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntFlag
-from typing import Any, NamedTuple, NewType
+from typing import Any, NewType
 
 import msgspec
 import numpy as np
@@ -132,21 +133,26 @@ class Adapted:
     flags: npt.NDArray[np.uint8]  # bits of Flag
 
 
-class Output(NamedTuple):
-    """One record to produce, and the input record that led to it."""
+@dataclass(frozen=True, slots=True)
+class Outputs:
+    """Records to produce to one topic: columns of equal length."""
 
     topic: str
-    key: bytes | None
-    value: bytes | None
-    headers: list[tuple[str, bytes]] | None
-    source: Source
+    keys: Sequence[bytes | None]
+    values: Sequence[bytes | None]
+    headers: Sequence[list[tuple[str, bytes]]] | None
+    partitions: Sequence[int]  # of the input record that each comes from
+    offsets: Sequence[int]
+
+    def __len__(self) -> int:
+        return len(self.values)
 
 
 @dataclass(frozen=True, slots=True)
 class Work:
     """What one batch led to: all of it becomes visible in one transaction, or none."""
 
-    outputs: list[Output]
+    outputs: list[Outputs]
     next_offsets: dict[int, int]  # by partition: last offset of the batch + 1
     batch: Batch
     adapted: Adapted

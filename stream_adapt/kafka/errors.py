@@ -2,12 +2,13 @@
 
 | consequence | when                                               | what the loop does                                   |
 |-------------|----------------------------------------------------|------------------------------------------------------|
+| ABORT       | the error asks for it                              | abort, put rows back, rewind                         |
 | FENCED      | another producer has this transactional.id         | new producer once; again soon: exit 4                |
 | REBUILD     | fatal, or flagged as nothing                       | new producer, look whether the transaction committed |
-| ABORT       | the error asks for it                              | abort, put rows back, rewind                         |
 | RETRY       | retriable                                          | the same call again, within the deadline             |
 
-The order matters: a fenced producer's error is fatal, too, and an abortable one may also be retriable.
+The order matters: an abortable error may be retriable, too, and a fenced producer's is fatal. A stale epoch that asks
+for an abort is no fencing yet; the abort itself tells.
 Sources: KIP-98, KIP-360, KIP-588, librdkafka's `INTRODUCTION.md` on transactions.
 """
 
@@ -49,12 +50,12 @@ UNDELIVERABLE_CODES = frozenset(
 
 def consequence(error: KafkaError) -> Consequence:
     """What the transaction loop does about an error."""
+    if error.txn_requires_abort():
+        return Consequence.ABORT
     if error.code() in _FENCED_CODES:
         return Consequence.FENCED
     if error.fatal():
         return Consequence.REBUILD
-    if error.txn_requires_abort():
-        return Consequence.ABORT
     if error.retriable():
         return Consequence.RETRY
     return Consequence.REBUILD

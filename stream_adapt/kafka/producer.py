@@ -22,7 +22,7 @@ import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from stream_adapt.kafka.errors import UNDELIVERABLE_CODES, Consequence, consequence, describe, kafka_error
-from stream_adapt.record import Output, Source
+from stream_adapt.record import Outputs, Source
 
 log = structlog.get_logger(__name__)
 
@@ -138,22 +138,39 @@ class OutputProducer:
         self._failures.clear()
         self._call("begin_transaction", self._producer.begin_transaction)
 
-    def send(self, outputs: Sequence[Output]) -> None:
+    def send(self, outputs: Outputs) -> None:
         """Hands records to the client; delivery is waited for by `flush` or `commit`."""
-        produce, careful = self._producer.produce, self.careful
-        for output in outputs:
-            topic, key, value, headers, source = output
-            extra: dict[str, Any] = {"headers": headers} if headers else {}
-            if careful:
-                extra["on_delivery"] = partial(self._failed, source=source)
-            while True:
-                try:
-                    produce(topic, value, key, **extra)
-                    break
-                except BufferError:  # the local queue is full: let deliveries make room
-                    self._call("poll", partial(self._producer.poll, _QUEUE_FULL_WAIT_S), blocks=False)
-                except KafkaException as error:
-                    self._not_taken(error, source)
+        if self.careful or outputs.headers is not None:
+            return self._send_with_care(outputs)
+        produce, topic = self._producer.produce, outputs.topic
+        for i, (key, value) in enumerate(zip(outputs.keys, outputs.values, strict=True)):
+            try:
+                produce(topic, value, key)
+            except (BufferError, KafkaException):
+                self._produce(topic, value, key, (outputs.partitions[i], outputs.offsets[i]))
+        return None
+
+    def _send_with_care(self, outputs: Outputs) -> None:
+        """The same with headers, and with a callback for every record that names its source if it fails."""
+        for i, (key, value) in enumerate(zip(outputs.keys, outputs.values, strict=True)):
+            source = (outputs.partitions[i], outputs.offsets[i])
+            extra: dict[str, Any] = {"on_delivery": partial(self._failed, source=source)}
+            if outputs.headers is not None:
+                extra["headers"] = outputs.headers[i]
+            self._produce(outputs.topic, value, key, source, **extra)
+
+    def _produce(self, topic: str, value: bytes | None, key: bytes | None, source: Source, **extra: Any) -> None:
+        deadline = time.monotonic() + self._deadline_s
+        while True:
+            try:
+                self._producer.produce(topic, value, key, **extra)
+                return
+            except BufferError:  # the local queue is full: let deliveries make room
+                if time.monotonic() > deadline:
+                    raise Lost(f"the local queue stayed full for {self._deadline_s:.0f} s: no broker takes records") from None
+                self._call("poll", partial(self._producer.poll, _QUEUE_FULL_WAIT_S), blocks=False)
+            except KafkaException as error:
+                self._not_taken(error, source)
 
     def send_offsets(self, next_offsets: Sequence[TopicPartition], group_metadata: bytes) -> None:
         """Adds the consumed offsets to the transaction."""

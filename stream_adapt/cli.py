@@ -1,0 +1,156 @@
+"""The command line. Every command has `--json`: one object on stdout, everything else on stderr.
+
+Exit codes: 0 done · 1 bug · 2 usage or configuration · 3 refused by Kafka · 4 fenced by another instance.
+Heavy packages (torch, numba, matplotlib) are imported by the command that needs them, so that `--help` is quick.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+import msgspec
+
+from stream_adapt import __version__
+from stream_adapt.errors import StreamAdaptError
+
+CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
+
+_config_option = click.option(
+    "-c",
+    "--config",
+    "config_path",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="YAML configuration; without it, defaults and STREAM_ADAPT_… variables.",
+)
+_json_option = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+
+
+@click.group(context_settings=CONTEXT)
+@click.version_option(__version__, prog_name="stream-adapt")
+def cli() -> None:
+    """Personalises scores while users act: a Kafka consumer with per-user fast weights, exactly once.
+
+    \b
+    First steps:
+      stream-adapt demo                          everything at once, on data of real users
+      stream-adapt pretrain movielens-100k       learn the slow weights, write a model
+      stream-adapt broker                        a real Apache Kafka in the foreground
+      stream-adapt topics create -c FILE         the topics the loop needs
+      stream-adapt run -c FILE                   the loop
+    """
+
+
+@cli.command()
+@_config_option
+@click.option("--stop-after", type=click.IntRange(min=1), help="Stop after so many events are committed.")
+@_json_option
+def run(config_path: Path | None, stop_after: int | None, as_json: bool) -> None:
+    """Run a member of the consumer group: score, adapt and commit until SIGTERM or Ctrl-C.
+
+    The first signal finishes the batch, commits and leaves the group; a second one aborts and exits. With
+    `delivery: exactly_once` scores, dead letters and offsets become visible in one Kafka transaction.
+    """
+    from stream_adapt import config, logs, service
+    from stream_adapt.runner import Shutdown
+
+    settings = config.load(config_path).config
+    logs.configure(settings.log)
+    with Shutdown().installed() as shutdown:
+        _print(service.run(settings, shutdown, stop_after), as_json)
+
+
+@cli.command("check-config")
+@_config_option
+@_json_option
+def check_config(config_path: Path | None, as_json: bool) -> None:
+    """Show every setting in force, its value and where it came from; secrets are hidden.
+
+    Environment variables named STREAM_ADAPT_<SECTION>_<KEY> override the file. Nothing is connected to.
+    """
+    from stream_adapt import config
+
+    loaded = config.load(config_path)
+    rows = list(config.effective(loaded))
+    if as_json:
+        _print({key: {"value": value, "source": source} for key, value, source in rows}, as_json)
+        return
+    width = max(len(key) for key, _, _ in rows)
+    for key, value, source in rows:
+        click.echo(f"{key:<{width}}  {value!s:<40}  {source}")
+
+
+@cli.group()
+def topics() -> None:
+    """The topics of an application."""
+
+
+@topics.command("create")
+@_config_option
+@_json_option
+def topics_create(config_path: Path | None, as_json: bool) -> None:
+    """Create the topics that the loop needs; those that are there already are left as they are.
+
+    Names come from `app.name` or `topics:`, counts from `topics.partitions` and `topics.replication`. Partitions
+    are the unit of scale: at most that many members share the work. Choose generously, they cannot be taken back.
+    """
+    from stream_adapt import config
+    from stream_adapt.kafka import properties
+    from stream_adapt.kafka.topics import create_topics, topics_of
+
+    settings = config.load(config_path).config
+    outcomes = create_topics(properties.common(settings), topics_of(settings))
+    if as_json:
+        _print([msgspec.to_builtins(outcome) for outcome in outcomes], as_json)
+    for outcome in outcomes:
+        click.echo(str(outcome), err=as_json)
+
+
+@cli.command()
+@click.option("--data", "data_dir", type=click.Path(file_okay=False, path_type=Path), help="Folder for its data; kept.")
+@click.option("--port", type=click.IntRange(1, 65535), help="Port of the broker; any free one if not given.")
+@click.option(
+    "--kafka-home",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="An unpacked Apache Kafka to use instead of fetching one.",
+)
+@_json_option
+def broker(data_dir: Path | None, port: int | None, kafka_home: Path | None, as_json: bool) -> None:
+    """Run a real Apache Kafka on this machine, in the foreground, until Ctrl-C.
+
+    One node, loopback only: for trying things out, not for production. Needs no Java, Maven or Docker: the runtime
+    and the jars are fetched once. Without --data everything is gone when it stops.
+    """
+    from stream_adapt.kafka.embedded import serve
+
+    sys.exit(serve(data_dir, port, kafka_home=kafka_home, as_json=as_json))
+
+
+def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option(
+        "--mapping",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="Mapping file, when SOURCE is a CSV or JSONL log of your own.",
+    )(command)
+    return click.argument("source", default="movielens-100k")(command)
+
+
+def _print(value: Any, as_json: bool) -> None:
+    if as_json:
+        click.echo(msgspec.json.encode(value).decode())
+
+
+def main() -> None:
+    """Entry point: errors that we raise on purpose become one clear message and their exit code."""
+    try:
+        cli()
+    except StreamAdaptError as error:
+        click.echo(f"stream-adapt: {error}", err=True)
+        sys.exit(error.exit_code)
+
+
+if __name__ == "__main__":
+    main()
