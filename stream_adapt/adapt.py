@@ -5,7 +5,9 @@ The second stage of the path. It owns the rows of all shards (`state/`) and call
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
+from functools import partial
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,30 +23,36 @@ from stream_adapt.learner.rules.kalman.step import (
     Theta,
     UserRows,
 )
-from stream_adapt.learner.rules.kalman.step import adapt as adapt_rows
+from stream_adapt.learner.rules.kalman.step import adapt as adapt_compiled
 from stream_adapt.models import Model
 from stream_adapt.record import Adapted, Batch
 from stream_adapt.state.overlay import Overlay
 from stream_adapt.state.table import Table
 
+#: Learns a batch: slab of users, slab of items, events, scores to fill in.
+AdaptRows = Callable[[npt.NDArray[Any], npt.NDArray[Any], Events, Scores], None]
+
 
 class Adapter:
-    """The learner in service: rows, overlay and the compiled rule for one model.
+    """The learner in service: rows, overlay and the rule for one model.
 
     `adapt` changes rows at once; they are the state only after `commit`, and `abort` puts back what they were.
+    `device` says what runs the rule: "cpu" or "auto" is the compiled one, "cuda" the batched one on the GPU, and
+    "torch-cpu" the batched one on the CPU, which is there to be compared.
     """
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, device: str = "auto") -> None:
         self.model = model
         self._theta = Theta.of(model.weights)
         spec, fitted = model.spec, model.manifest.fitted
         self.users = Table(user_layout(spec), self._start_user)
         self.items = Table(item_layout(spec), self._start_item)
         self.overlay = Overlay(self.users, self.items)
-        self._prior_P = self._packed_prior(covariance_floats(spec))  # noqa: N803 - P is the field's own name
+        self._prior_P = self._packed_prior(covariance_floats(spec))
         self._content = EncodingCache(FeatureReader(fitted, "item"), model.weights.feature_vector)
         self._priors = EncodingCache(FeatureReader(fitted, "user"), model.weights.user_vector)
         self._event_features = FeatureReader(fitted, "event")
+        self._adapt_rows = self._rule(device)
 
     def adapt(self, batch: Batch) -> Adapted:
         """Scores and learns n events in order; rows of users and items first met are started from θ."""
@@ -54,8 +62,7 @@ class Adapter:
         self.overlay.keep(self.items, items)
         events = self._encode(batch, users, items)
         scores = Scores.empty(len(batch))
-        rows = UserRows.of(self.users.rows)
-        adapt_rows(self._theta, rows, ItemRows.of(self.items.rows), events, scores, Scratch.for_rows(rows))
+        self._adapt_rows(self.users.rows, self.items.rows, events, scores)
         return Adapted(*scores)
 
     def commit(self) -> None:
@@ -72,6 +79,17 @@ class Adapter:
             self.users.drop(partition)
             self.items.drop(partition)
 
+    def _rule(self, device: str) -> AdaptRows:
+        if device in ("auto", "cpu"):
+            return self._compiled
+        from stream_adapt.learner.rules.kalman import batched  # imports torch, which service on the CPU does without
+
+        return partial(batched.adapt_batched, batched.Theta.of(self.model.weights, device.removeprefix("torch-")))
+
+    def _compiled(self, users: npt.NDArray[Any], items: npt.NDArray[Any], events: Events, scores: Scores) -> None:
+        rows = UserRows.of(users)
+        adapt_compiled(self._theta, rows, ItemRows.of(items), events, scores, Scratch.for_rows(rows))
+
     def _encode(self, batch: Batch, users: npt.NDArray[np.int64], items: npt.NDArray[np.int64]) -> Events:
         spec = self.model.spec
         content = self._content.index(batch.features)
@@ -80,6 +98,7 @@ class Adapter:
         return Events(
             user=users,
             item=items,
+            partition=batch.partitions,
             known=self._known(self.items.rows["hash"][items]),
             window=batch.offsets // spec.window,
             time_ms=batch.timestamps_ms,

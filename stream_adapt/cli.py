@@ -15,7 +15,7 @@ import click
 import msgspec
 
 from stream_adapt import __version__
-from stream_adapt.errors import StreamAdaptError
+from stream_adapt.errors import KafkaRefused, StreamAdaptError
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -99,14 +99,18 @@ def topics_create(config_path: Path | None, as_json: bool) -> None:
     """
     from stream_adapt import config
     from stream_adapt.kafka import properties
-    from stream_adapt.kafka.topics import create_topics, topics_of
+    from stream_adapt.kafka.topics import create_topics
+    from stream_adapt.service import topic_specs
 
     settings = config.load(config_path).config
-    outcomes = create_topics(properties.common(settings), topics_of(settings))
+    outcomes = create_topics(properties.common(settings), topic_specs(settings))
     if as_json:
-        _print([msgspec.to_builtins(outcome) for outcome in outcomes], as_json)
+        found = {o.spec.name: {"status": str(o.status), "partitions": o.partitions} for o in outcomes}
+        _print(found, as_json)
     for outcome in outcomes:
         click.echo(str(outcome), err=as_json)
+    if not all(outcome.ok for outcome in outcomes):
+        sys.exit(KafkaRefused.exit_code)
 
 
 @cli.command()
@@ -126,7 +130,44 @@ def broker(data_dir: Path | None, port: int | None, kafka_home: Path | None, as_
     """
     from stream_adapt.kafka.embedded import serve
 
-    sys.exit(serve(data_dir, port, kafka_home=kafka_home, as_json=as_json))
+    serve(data_dir, port, kafka_home=kafka_home, as_json=as_json)
+
+
+@cli.group()
+def bench() -> None:
+    """What things cost on this machine, each against a baseline in the same run."""
+
+
+@bench.command("e2e")
+@click.option("--events", default=400_000, show_default=True, type=click.IntRange(min=1000), help="Events of a round.")
+@click.option("--rounds", default=5, show_default=True, type=click.IntRange(min=1), help="Rounds; medians are given.")
+@click.option("--partitions", default=4, show_default=True, type=click.IntRange(min=1), help="Of the input topic.")
+@click.option("--batch", default=16_384, show_default=True, type=click.IntRange(min=1), help="Most events in one.")
+@click.option(
+    "--delivery",
+    default="exactly_once",
+    show_default=True,
+    type=click.Choice(["exactly_once", "at_least_once"]),
+    help="As in the configuration.",
+)
+@click.option(
+    "--covariance",
+    default="diagonal",
+    show_default=True,
+    type=click.Choice(["diagonal", "full"]),
+    help="Of the Kalman rule.",
+)
+@click.option("--bootstrap-servers", help="A broker of yours; an embedded Apache Kafka if not given.")
+@_json_option
+def bench_e2e(as_json: bool, **parameters: Any) -> None:
+    """Events/s of the real loop against a loop that only carries the same records, on a real broker."""
+    from stream_adapt.bench import EndToEnd, end_to_end
+
+    result = end_to_end(EndToEnd(**parameters), lambda line: click.echo(line, err=True))
+    _print(result, as_json)
+    if not as_json:
+        for name, value in msgspec.structs.asdict(result).items():
+            click.echo(f"{name:<20} {value}")
 
 
 def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:

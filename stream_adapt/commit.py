@@ -50,8 +50,8 @@ class Group(Protocol):
 class Delivery(Protocol):
     """Makes one batch's outputs and offsets visible."""
 
-    undeliverable: dict[Source, int]
-
+    @property
+    def undeliverable(self) -> dict[Source, int]: ...
     def commit(self, outputs: Sequence[Outputs], next_offsets: Mapping[int, int]) -> Outcome: ...
     def idle(self) -> None: ...
     def close(self) -> None: ...
@@ -196,7 +196,9 @@ class ExactlyOnce:
 
     def _replace_if_suspect(self) -> None:
         if self._producer.needs_replacement:
-            log.warning("new producer: a request to the coordinator may have been sent twice", transactional_id=self._id)
+            log.warning(
+                "new producer: a request to the coordinator may have been sent twice", transactional_id=self._id
+            )
             self._replace()
 
     def _replace(self) -> None:

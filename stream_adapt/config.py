@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from stream_adapt.errors import ConfigError
+from stream_adapt.record import TopicNames
 
 ENVIRONMENT_PREFIX = "STREAM_ADAPT_"
 
@@ -104,7 +105,8 @@ class InputSection(_Section):
     max_batch: int = Field(16_384, ge=1, le=1_000_000, description="Most records in one transaction.")
     latency_ms: Positive = Field(50, le=10_000, description="Longest wait for a batch to fill.")
     feedback: dict[str, Any] | None = Field(
-        None, description="Levels, target and mapping; the model's own if not set. Levels and target must agree with it."
+        None,
+        description="Levels, target and mapping; the model's own if not set, and in agreement with them.",
     )
 
 
@@ -161,6 +163,11 @@ class Config(_Section):
     def topic(self, what: Literal["events", "scores", "dead_letters"]) -> str:
         """Name of a topic."""
         return getattr(self.topics, what) or f"{self.app.name}.{what.replace('_', '-')}"
+
+    @property
+    def topic_names(self) -> TopicNames:
+        """Names of all topics."""
+        return TopicNames(self.topic("events"), self.topic("scores"), self.topic("dead_letters"))
 
     @property
     def group_id(self) -> str:

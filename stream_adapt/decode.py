@@ -67,7 +67,7 @@ class Decoder:
         self._limits = limits
         self._now_ms = now_ms
         self._vectors = frozenset(name for name, feature in features.items() if isinstance(feature, Vector))
-        self._decode = msgspec.json.Decoder(event_struct(features, feedback)).decode
+        self._decode: Callable[[bytes], Any] = msgspec.json.Decoder(event_struct(features, feedback)).decode
 
     def __call__(self, raw: RawBatch, undeliverable: Container[Source] = ()) -> tuple[Batch, list[DeadLetter]]:
         """Events in the order of their records, and a dead letter for every other record.
@@ -123,7 +123,7 @@ def event_struct(features: dict[str, Feature], feedback: Feedback) -> type[msgsp
     if feedback.label is not None:
         low, high = feedback.label.range
         label = Annotated[float, msgspec.Meta(ge=low, le=high)]
-    fields = [
+    fields: list[tuple[str, Any] | tuple[str, Any, Any]] = [
         ("event_id", row_id),
         ("user_id", row_id),
         ("item_id", row_id),
@@ -135,7 +135,7 @@ def event_struct(features: dict[str, Feature], feedback: Feedback) -> type[msgsp
     return msgspec.defstruct("Event", fields, frozen=True, gc=False)
 
 
-class _Refused(Exception):  # noqa: N818 - not an error: a verdict
+class _Refused(Exception):
     def __init__(self, reason: str, detail: str) -> None:
         super().__init__(reason, detail)
         self.reason, self.detail = reason, detail

@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass
 from itertools import repeat
 
 import msgspec
 import numpy as np
 
-from stream_adapt.record import NO_LEVEL, Adapted, Batch, DeadLetter, Flag, Outputs, Score, Source
+from stream_adapt.record import NO_LEVEL, Adapted, Batch, DeadLetter, Flag, Floats, Outputs, Score, Source, TopicNames
 
 #: Longest detail in a dead letter's header, in characters.
 _DETAIL_LIMIT = 500
@@ -21,21 +20,12 @@ _DETAIL_LIMIT = 500
 _FLAG_NAMES = [tuple(flag.name.lower() for flag in Flag if flag & bits and flag.name) for bits in range(2 * max(Flag))]
 
 
-@dataclass(frozen=True)
-class Destinations:
-    """Topics read and written."""
-
-    events: str
-    scores: str
-    dead_letters: str
-
-
 class Emitter:
     """Encodes what a batch led to."""
 
     def __init__(
         self,
-        topics: Destinations,
+        topics: TopicNames,
         model_version: str,
         target_level: int,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
@@ -102,6 +92,6 @@ class Emitter:
         return [*headers, ("stream-adapt.truncated", b"true")] if truncated else headers
 
 
-def _rounded(column: np.ndarray) -> list[float]:  # type: ignore[type-arg]
+def _rounded(column: Floats) -> list[float]:
     """Seven decimals: finer than float32 rows can tell, and half the bytes of a double."""
     return np.round(column, 7).tolist()  # type: ignore[no-any-return]

@@ -1,7 +1,7 @@
 """The path of a batch up to the commit: decode → adapt → emit. No input or output here but the rows' memory.
 
-    raw records ─▶ decode ─▶ adapt (score, then learn, event by event) ─▶ emit ─▶ Work
-                     └──────────────── dead letters ────────────────────▶┘
+raw records ─▶ decode ─▶ adapt (score, then learn, event by event) ─▶ emit ─▶ Work
+                 └──────────────── dead letters ────────────────────▶┘
 """
 
 from __future__ import annotations
@@ -22,13 +22,11 @@ StageTimer = Callable[[str, float], None]
 class Pipeline:
     """Decoder, adapter and emitter of one model, in order."""
 
-    def __init__(
-        self, decoder: Decoder, adapter: Adapter, emitter: Emitter, timer: StageTimer = lambda _stage, _s: None
-    ) -> None:
+    def __init__(self, decoder: Decoder, adapter: Adapter, emitter: Emitter) -> None:
         self.decoder = decoder
         self.adapter = adapter
         self.emitter = emitter
-        self._timer = timer
+        self.timer: StageTimer = lambda _stage, _seconds: None
 
     def __call__(self, raw: RawBatch, undeliverable: Mapping[Source, int] = MappingProxyType({})) -> Work:
         """Everything that n records lead to. The rows are changed; `adapter.commit` or `.abort` decides.
@@ -46,9 +44,9 @@ class Pipeline:
         outputs = [self.emitter.scores(batch, adapted)]
         if dead:
             outputs.append(self.emitter.dead_letters(dead, _too_large_themselves(dead, undeliverable)))
-        self._timer("decode", decoded - started)
-        self._timer("adapt", learned - decoded)
-        self._timer("emit", time.perf_counter() - learned)
+        self.timer("decode", decoded - started)
+        self.timer("adapt", learned - decoded)
+        self.timer("emit", time.perf_counter() - learned)
         return Work(outputs, dict(zip(raw.partitions, (o + 1 for o in raw.offsets), strict=True)), batch, adapted, dead)
 
 

@@ -80,6 +80,20 @@ class Score(msgspec.Struct, frozen=True, gc=False):
 
 
 @dataclass(frozen=True, slots=True)
+class TopicNames:
+    """The topics that the loop reads and writes, by role."""
+
+    events: str
+    scores: str
+    dead_letters: str
+
+    @classmethod
+    def of(cls, app: str) -> TopicNames:
+        """The names that an app's topics have unless it is told otherwise."""
+        return cls(f"{app}.events", f"{app}.scores", f"{app}.dead-letters")
+
+
+@dataclass(frozen=True, slots=True)
 class RawBatch:
     """Records as Kafka gave them: columns of equal length n."""
 

@@ -41,6 +41,43 @@ class Observer(Protocol):
     def rebalanced(self, kind: str, partitions: Collection[int]) -> None: ...
 
 
+class Observers:
+    """Several observers, told one after the other."""
+
+    def __init__(self, *observers: Observer) -> None:
+        self._observers = observers
+
+    def tick(self, consumer: InputConsumer, shards: dict[int, ControlRow]) -> None:
+        """A turn of the loop is over."""
+        for observer in self._observers:
+            observer.tick(consumer, shards)
+
+    def stage(self, name: str, seconds: float) -> None:
+        """A stage of a batch took so long."""
+        for observer in self._observers:
+            observer.stage(name, seconds)
+
+    def polled(self, records: int) -> None:
+        """So many records go into the pipeline."""
+        for observer in self._observers:
+            observer.polled(records)
+
+    def committed(self, work: Work, outcome: Outcome) -> None:
+        """All that a batch led to is visible."""
+        for observer in self._observers:
+            observer.committed(work, outcome)
+
+    def aborted(self) -> None:
+        """A batch was put back."""
+        for observer in self._observers:
+            observer.aborted()
+
+    def rebalanced(self, kind: str, partitions: Collection[int]) -> None:
+        """Partitions were `assigned` or `revoked`."""
+        for observer in self._observers:
+            observer.rebalanced(kind, partitions)
+
+
 @dataclass(frozen=True)
 class Pace:
     """How batches are cut, and when the loop ends by itself."""

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 
 import msgspec
 import structlog
 from confluent_kafka import KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient
+from prometheus_client import CollectorRegistry
 
 from stream_adapt.adapt import Adapter
 from stream_adapt.commit import AtLeastOnce, Delivery, ExactlyOnce
 from stream_adapt.config import Config
 from stream_adapt.decode import Decoder, Limits
-from stream_adapt.emit import Destinations, Emitter
+from stream_adapt.emit import Emitter
 from stream_adapt.errors import ConfigError, KafkaRefused
+from stream_adapt.health import Health, HealthServer
 from stream_adapt.kafka import properties
 from stream_adapt.kafka.consumer import InputConsumer, RebalanceListener
 from stream_adapt.kafka.errors import describe, kafka_error
 from stream_adapt.kafka.producer import OutputProducer
+from stream_adapt.kafka.topics import TopicSpec, product_topics
 from stream_adapt.learner.feedback import Feedback
+from stream_adapt.metrics import Metrics
 from stream_adapt.models import Model, read_model
 from stream_adapt.pipeline import Pipeline
-from stream_adapt.runner import Observer, Pace, Runner, Shutdown
+from stream_adapt.record import TopicNames
+from stream_adapt.runner import Observer, Observers, Pace, Runner, Shutdown
+from stream_adapt.state.row import Kind
 
 log = structlog.get_logger(__name__)
 
@@ -33,24 +42,35 @@ _FENCE_TIMEOUTS = 3
 _ADMIN_TIMEOUT_S = 15.0
 
 
-def serve(config: Config, observer: Observer, shutdown: Shutdown, pace: Pace | None = None) -> int:
+def serve(config: Config, shutdown: Shutdown, observe: Callable[[Pipeline], Observer], pace: Pace | None = None) -> int:
     """Runs a member; returns how many events it committed.
+
+    Args:
+        config: what to run.
+        shutdown: asked after every batch.
+        observe: makes the observer of the loop, once there is a pipeline to observe.
+        pace: batch size and latency bound; the configuration's if not given.
 
     Raises:
         ConfigError, KafkaRefused, Fenced: each says what to do.
     """
-    model = served_model(config)
-    topics = Destinations(config.topic("events"), config.topic("scores"), config.topic("dead_letters"))
+    topics = config.topic_names
+    pipeline = build_pipeline(config, served_model(config), topics)
     topic_id = check_topics(config, topics)
-    pipeline = build_pipeline(config, model, topics, observer.stage)
+    observer = observe(pipeline)
+    pipeline.timer = observer.stage
     runner: Runner
     listener = RebalanceListener(lambda p: runner.assigned(p), lambda p: runner.revoked(p))
-    consumer = InputConsumer(
-        properties.consumer(config), topics.events, start=config.input.start, listener=listener
-    )
+    consumer = InputConsumer(properties.consumer(config), topics.events, start=config.input.start, listener=listener)
     delivery = build_delivery(config, consumer)
     runner = Runner(consumer, pipeline, delivery, observer, pace or pace_of(config), topic_id=topic_id)
-    log.info("running", model=model.version, delivery=config.delivery, events=topics.events, group=config.group_id)
+    log.info(
+        "running",
+        model=pipeline.adapter.model.version,
+        delivery=config.delivery,
+        events=topics.events,
+        group=config.group_id,
+    )
     try:
         runner.run(shutdown)
     finally:
@@ -87,14 +107,13 @@ def _agreed_feedback(raw: object, trained: Feedback) -> Feedback:
     return feedback
 
 
-def build_pipeline(config: Config, model: Model, topics: Destinations, timer: Callable[[str, float], None]) -> Pipeline:
+def build_pipeline(config: Config, model: Model, topics: TopicNames) -> Pipeline:
     """Decoder, adapter and emitter for one model."""
     limits = Limits(config.input.max_bytes, config.input.max_future_s, config.input.check_key)
     return Pipeline(
         Decoder(model.spec.features, model.spec.feedback, limits),
         Adapter(model),
         Emitter(topics, model.version, model.spec.feedback.target_level),
-        timer,
     )
 
 
@@ -127,7 +146,13 @@ def build_delivery(config: Config, consumer: InputConsumer) -> Delivery:
     )
 
 
-def check_topics(config: Config, topics: Destinations) -> str:
+def topic_specs(config: Config) -> tuple[TopicSpec, ...]:
+    """The topics that the configuration asks for."""
+    sizes = config.topics
+    return product_topics(config.app.name, sizes.partitions, sizes.replication, config.topic_names)
+
+
+def check_topics(config: Config, topics: TopicNames) -> str:
     """Makes sure that every topic is there before the first record is read; returns the input topic's id.
 
     Raises:

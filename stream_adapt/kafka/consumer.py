@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
@@ -98,11 +98,11 @@ class InputConsumer:
         raw = RawBatch([], [], [], [])
         expected = dict(self.positions.next_offsets)
         for message in messages:
-            error = message.error()
-            if error is not None:
-                self._report(error, message)
+            reported = message.error()
+            if reported is not None:
+                self._report(reported, message)
                 continue
-            partition, offset = message.partition(), message.offset()
+            partition, offset = cast(int, message.partition()), cast(int, message.offset())
             if offset < expected.get(partition, offset + 1):
                 continue
             expected[partition] = offset + 1

@@ -1,11 +1,11 @@
 """Every Kafka error, mapped to what the transaction loop does about it.
 
-| consequence | when                                               | what the loop does                                   |
-|-------------|----------------------------------------------------|------------------------------------------------------|
-| ABORT       | the error asks for it                              | abort, put rows back, rewind                         |
-| FENCED      | another producer has this transactional.id         | new producer once; again soon: exit 4                |
-| REBUILD     | fatal, or flagged as nothing                       | new producer, look whether the transaction committed |
-| RETRY       | retriable                                          | the same call again, within the deadline             |
+| consequence | when                                       | what the loop does                                   |
+|-------------|--------------------------------------------|------------------------------------------------------|
+| ABORT       | the error asks for it                      | abort, put rows back, rewind                         |
+| FENCED      | another producer has this transactional.id | new producer once; again soon: exit 4                |
+| REBUILD     | fatal, or flagged as nothing               | new producer, look whether the transaction committed |
+| RETRY       | retriable                                  | the same call again, within the deadline             |
 
 The order matters: an abortable error may be retriable, too, and a fenced producer's is fatal. A stale epoch that asks
 for an abort is no fencing yet; the abort itself tells.

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -167,12 +167,14 @@ class OutputProducer:
                 return
             except BufferError:  # the local queue is full: let deliveries make room
                 if time.monotonic() > deadline:
-                    raise Lost(f"the local queue stayed full for {self._deadline_s:.0f} s: no broker takes records") from None
+                    raise Lost(
+                        f"the local queue stayed full for {self._deadline_s:.0f} s: no broker takes records"
+                    ) from None
                 self._call("poll", partial(self._producer.poll, _QUEUE_FULL_WAIT_S), blocks=False)
             except KafkaException as error:
                 self._not_taken(error, source)
 
-    def send_offsets(self, next_offsets: Sequence[TopicPartition], group_metadata: bytes) -> None:
+    def send_offsets(self, next_offsets: list[TopicPartition], group_metadata: bytes) -> None:
         """Adds the consumed offsets to the transaction."""
         self._call(
             "send_offsets_to_transaction",

@@ -1,4 +1,4 @@
-"""librdkafka properties of our clients, made of the configuration. What the loop relies on is set here, and nowhere else."""
+"""librdkafka properties of our clients, made of the configuration; what the loop relies on is set here alone."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ Capital letters: n events, D dimensions, F rows of the item and event table, A r
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -156,9 +156,13 @@ class _Reader:
     def __init__(self, fitted: FittedFeature) -> None:
         self.fitted = fitted
         self.row = {value: fitted.start + i for i, value in enumerate(fitted.vocabulary)}
-        self.read = {Categorical: self._categorical, Bag: self._bag, Numeric: self._numeric, Vector: self._vector}[
-            type(fitted.feature)
-        ]
+        readers: dict[type, Callable[[Any], Pairs]] = {
+            Categorical: self._categorical,
+            Bag: self._bag,
+            Numeric: self._numeric,
+            Vector: self._vector,
+        }
+        self.read = readers[type(fitted.feature)]
 
     def _categorical(self, value: str) -> Pairs:
         row = self.row.get(value)

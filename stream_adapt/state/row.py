@@ -14,6 +14,7 @@ import struct
 import zlib
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import cached_property
 from typing import Any
 
 import msgspec
@@ -55,10 +56,18 @@ class Layout:
     kind: Kind
     fields: tuple[Field, ...]
 
-    @property
+    @cached_property
     def dtype(self) -> np.dtype[Any]:
-        """The aligned record type of a slab."""
-        return np.dtype([(f.name, f.dtype, f.shape) for f in self.fields], align=True)
+        """The aligned record type of a slab. Gaps are fields, too, because NumPy's copies skip bytes without a name."""
+        aligned = np.dtype([(f.name, f.dtype, f.shape) for f in self.fields], align=True)
+        starts = [aligned.fields[f.name][1] for f in self.fields] if aligned.fields else []
+        ends = [start + np.dtype((f.dtype, f.shape)).itemsize for f, start in zip(self.fields, starts, strict=True)]
+        named: list[tuple[str, str, tuple[int, ...]]] = []
+        for f, end, following in zip(self.fields, ends, [*starts[1:], aligned.itemsize], strict=True):
+            named.append((f.name, f.dtype, f.shape))
+            if end < following:
+                named.append((f"gap_{end}", "u1", (following - end,)))
+        return np.dtype(named, align=True)
 
     @property
     def row_bytes(self) -> int:

@@ -132,8 +132,15 @@ def test_declared_features_are_decoded_and_others_skipped() -> None:
 
 @pytest.mark.parametrize(
     ("label", "event_type", "level"),
-    [(1, "rating", 0), (1.9, "rating", 0), (2, "rating", 1), (3, "rating", 2), (None, "click", 1), (1, "click", 0)]
-    + [(None, "view", NO_LEVEL)],
+    [
+        (1, "rating", 0),
+        (1.9, "rating", 0),
+        (2, "rating", 1),
+        (3, "rating", 2),
+        (None, "click", 1),
+        (1, "click", 0),
+        (None, "view", NO_LEVEL),
+    ],
 )
 def test_an_explicit_label_wins_over_the_event_type(label: float | None, event_type: str, level: int) -> None:
     batch, _ = _decoder()(_raw(_event(label=label, event_type=event_type)))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 from confluent_kafka import KafkaError, KafkaException
 
+from stream_adapt.errors import KafkaRefused
 from stream_adapt.kafka.consumer import generation
 from stream_adapt.kafka.errors import Consequence, consequence, describe, kafka_error
-from stream_adapt.errors import KafkaRefused
 
 CODES = {name: code for name, code in vars(KafkaError).items() if name.isupper() and isinstance(code, int)}
 

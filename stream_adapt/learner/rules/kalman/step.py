@@ -32,6 +32,8 @@ from stream_adapt.record import Flag
 Array = npt.NDArray[Any]
 
 MS_PER_HOUR = 3_600_000.0
+#: A row's numbers stay below it, and so do an event's parts of the pending sums: float32 holds 10⁸ of them.
+LARGEST = 1e30
 _SCORE_ONLY, _NAN_UNDONE, _LATE = int(Flag.SCORE_ONLY), int(Flag.NAN_UNDONE), int(Flag.LATE)
 
 
@@ -58,16 +60,20 @@ class Theta(NamedTuple):
         """θ of a loaded model."""
         width = weights.item_vector.shape[1]
         return cls(
-            float(weights.bias[0]),
-            float(weights.noise[0]),
-            *map(float, weights.leak),
-            *map(float, weights.readout),
-            *map(float, weights.item_variance),
-            weights.level_scores.astype(np.float64),
-            weights.prior_variance.astype(np.float64),
-            np.concatenate([weights.item_vector, np.zeros((1, width), np.float32)]),
-            np.concatenate([weights.item_events, np.zeros(1, np.float32)]),
-            np.concatenate([weights.feature_vector, np.zeros((1, width), np.float32)]),  # never empty
+            bias=float(weights.bias[0]),
+            noise=float(weights.noise[0]),
+            leak_a=float(weights.leak[0]),
+            leak_b=float(weights.leak[1]),
+            alpha=float(weights.readout[0]),
+            kappa=float(weights.readout[1]),
+            beta=float(weights.readout[2]),
+            item_bias_variance=float(weights.item_variance[0]),
+            item_offset_variance=float(weights.item_variance[1]),
+            level_scores=weights.level_scores.astype(np.float64),
+            prior_variance=weights.prior_variance.astype(np.float64),
+            item_vector=np.concatenate([weights.item_vector, np.zeros((1, width), np.float32)]),
+            item_events=np.concatenate([weights.item_events, np.zeros(1, np.float32)]),
+            feature_vector=np.concatenate([weights.feature_vector, np.zeros((1, width), np.float32)]),  # never empty
         )
 
 
@@ -75,7 +81,7 @@ class UserRows(NamedTuple):
     """Views of the user slab, `layout.user_layout`."""
 
     last_ms: Array
-    count: Array
+    count: Array  # type: ignore[assignment]  # not tuple's
     d: Array
     P: Array
     ring_item: Array
@@ -93,7 +99,7 @@ class ItemRows(NamedTuple):
 
     hash: Array
     window: Array
-    count: Array
+    count: Array  # type: ignore[assignment]  # not tuple's
     pending_count: Array
     c: Array
     c_var: Array
@@ -114,6 +120,7 @@ class Events(NamedTuple):
 
     user: Array  # [n] slot of the user's row
     item: Array  # [n] slot of the item's row
+    partition: Array  # [n] that the event came from
     known: Array  # [n] the item's row in θ; the last row if it is unknown
     window: Array  # [n] offset // W
     time_ms: Array  # [n]
@@ -139,7 +146,7 @@ class Scores(NamedTuple):
 
     @classmethod
     def empty(cls, n: int) -> Scores:
-        return cls(*(np.empty(n) for _ in range(4)), np.empty(n, np.int64), np.zeros(n, np.uint8))
+        return cls._make([*(np.empty(n) for _ in range(4)), np.empty(n, np.int64), np.zeros(n, np.uint8)])
 
 
 class Scratch(NamedTuple):
@@ -158,13 +165,7 @@ class Scratch(NamedTuple):
     @classmethod
     def for_rows(cls, users: UserRows) -> Scratch:
         width = users.d.shape[1]
-        return cls(
-            *(np.empty(width) for _ in range(5)),
-            np.empty(users.P.shape[1]),
-            np.empty(width),
-            np.empty(width - 1),
-            np.empty(width - 1),
-        )
+        return cls._make(np.empty(n) for n in (*[width] * 5, users.P.shape[1], width, width - 1, width - 1))
 
 
 @njit(cache=True, error_model="numpy")
@@ -198,18 +199,23 @@ def _encode(theta, events, i, s):  # type: ignore[no-untyped-def]  # pragma: no 
 
 @njit(cache=True, error_model="numpy")
 def _read_item(items, it, window, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """Fills δ and its variances as of the start of `window`; returns Δc and its variance."""
+    """Fills δ and its variances as of the start of `window`; returns Δc and its variance.
+
+    They are rounded as `_write_item` stores them: it makes no difference who is first to touch an item in a window.
+    """
     c, c_var = float(items.c[it]), float(items.c_var[it])
     due = items.pending_count[it] > 0 and items.window[it] != window
     if due:
-        c_var = 1.0 / (1.0 / c_var + items.c_info[it])
-        c += c_var * items.c_sum[it]
+        variance = 1.0 / (1.0 / c_var + items.c_info[it])
+        c = float(np.float32(c + variance * items.c_sum[it]))
+        c_var = float(np.float32(variance))
     for j in range(s.delta.shape[0]):
         s.delta[j] = items.delta[it, j]
         s.delta_var[j] = items.delta_var[it, j]
         if due:
-            s.delta_var[j] = 1.0 / (1.0 / s.delta_var[j] + items.delta_info[it, j])
-            s.delta[j] += s.delta_var[j] * items.delta_sum[it, j]
+            variance = 1.0 / (1.0 / s.delta_var[j] + items.delta_info[it, j])
+            s.delta[j] = np.float32(s.delta[j] + variance * items.delta_sum[it, j])
+            s.delta_var[j] = np.float32(variance)
     return c, c_var
 
 
@@ -271,29 +277,38 @@ def _frozen(theta, events, i, c, s):  # type: ignore[no-untyped-def]  # pragma: 
 
 @njit(cache=True, error_model="numpy")
 def _learn_user(e, total, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """d += g e/T, P −= g gᵀ/T in the scratch; returns the new x̃ᵀP x̃ and whether all is finite in float32."""
+    """d += g e/T, P −= g gᵀ/T in the scratch; returns the new x̃ᵀP x̃ and whether a row can hold them."""
     width = s.d.shape[0]
-    largest, v = 0.0, 0.0
+    fits, v = True, 0.0
     for j in range(width):
         s.d[j] += s.g[j] * e / total
-        largest = max(largest, abs(s.d[j]))
+        fits = fits and abs(s.d[j]) < LARGEST  # NaN compares false
     if s.P.shape[0] == width:
         for j in range(width):
             s.P[j] -= s.g[j] * s.g[j] / total
             v += s.P[j] * s.x[j] * s.x[j]
-            largest = max(largest, abs(s.P[j]))
+            fits = fits and abs(s.P[j]) < LARGEST
     else:
         for j in range(width):
             start = j * (j + 1) // 2
             for k in range(j + 1):
                 s.P[start + k] -= s.g[j] * s.g[k] / total
-                largest = max(largest, abs(s.P[start + k]))
+                fits = fits and abs(s.P[start + k]) < LARGEST
                 v += s.P[start + k] * s.x[j] * s.x[k] * (1.0 if j == k else 2.0)
-    return max(v, 0.0), largest
+    return max(v, 0.0), fits
 
 
 @njit(cache=True, error_model="numpy")
-def _write_user(users, u, theta, events, i, z, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+def _item_fits(r, e, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Whether the pending sums can hold 1/R, e/R, w²/R and w e/R."""
+    reach = 1.0
+    for j in range(s.w.shape[0]):
+        reach = max(reach, abs(s.w[j]))
+    return abs(e) < LARGEST and reach * max(reach, abs(e)) / r < LARGEST
+
+
+@njit(cache=True, error_model="numpy")
+def _write_user(users, u, events, i, z, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """The learned row, its counters and its ring of recent events."""
     for j in range(s.d.shape[0]):
         users.d[u, j] = s.d[j]
@@ -359,16 +374,16 @@ def step(theta, users, items, events, out, i, s):  # type: ignore[no-untyped-def
     if events.level[i] < 0:
         out.flags[i] |= _SCORE_ONLY
     else:
-        e = theta.level_scores[events.level[i]] - z
-        v_new, largest = _learn_user(e, v + theta.noise + v_item, s)
-        if largest < 1e30 and math.isfinite(e) and math.isfinite(v_new):  # NaN compares false
+        e, r = theta.level_scores[events.level[i]] - z, v + theta.noise
+        v_new, fits = _learn_user(e, r + v_item, s)
+        if fits and _item_fits(r, e, s):
             z_new = z
             for j in range(size + 1):
                 z_new += (s.w0[j] + s.d[j] - s.w[j]) * s.x[j]
             out.updated[i] = read_out(theta, z_new, v_new + v_item)
-            at = _write_user(users, u, theta, events, i, z, s)
+            at = _write_user(users, u, events, i, z, s)
             users.ring_item[u, at] = items.hash[it]
-            _write_item(items, it, events.window[i], dc, c_var, v + theta.noise, e, s)
+            _write_item(items, it, events.window[i], dc, c_var, r, e, s)
         else:
             out.flags[i] |= _NAN_UNDONE
     out.adaptations[i] = users.count[u]

@@ -1,0 +1,49 @@
+# Needs Python 3.11 or later with venv, and make. Everything else is installed into .venv, nothing outside it but
+# caches (~/.cache/uv, ~/.cache/stream-adapt).
+PYTHON ?= python3
+BIN := .venv/bin
+# Given to pytest, say: make test ARGS='-k topics'
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo test test-slow lint format constraints clean
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+
+setup: .venv/.installed ## install into .venv what constraints.txt pins; does nothing when nothing changed
+
+.venv/.installed: pyproject.toml constraints.txt
+	@echo "Setting up .venv (PyTorch is large: a minute or more the first time)"
+	@$(PYTHON) -m venv .venv
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
+	@touch $@
+
+demo: setup ## see it work: a real Kafka, real ratings, a report
+	$(BIN)/stream-adapt demo
+
+test: setup ## all tests but the slow ones; those of the broker tier on a real Kafka
+	$(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+test-slow: setup ## the tests that take minutes
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: setup ## ruff and mypy
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## let ruff mend what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+# Keeps what constraints.txt pins already, as far as pyproject.toml allows; newer versions: ARGS=--upgrade
+constraints: setup ## write constraints.txt anew from pyproject.toml
+	$(BIN)/uv pip compile pyproject.toml --quiet --all-extras --universal --python-version 3.11 --no-annotate \
+	  --custom-compile-command 'make constraints' --output-file constraints.txt $(ARGS)
+	@! grep -n '://' constraints.txt
+
+clean: ## back to a fresh checkout: removes .venv and caches
+	rm -rf .venv build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,269 @@
+"""What the loop costs: measured against a loop that does nothing but carry the same records, in the same run.
+
+The pass-through is what the Kafka client alone can do from Python with these records: consume, decode the JSON,
+encode a score record of the same fields and size, produce, commit offsets in the same transaction. Same client,
+properties, broker, topics, batch size and process; nothing is looked up, scored or learned. The ratio of the two,
+taken round by round, is the share of that which is left when the work is done.
+
+A round reads all N events from the input topic with a new consumer group. Time runs from the first poll that returns
+records to the return of the last commit; imports, compilation and joining the group are outside.
+"""
+
+from __future__ import annotations
+
+import statistics
+import tempfile
+import time
+import uuid
+from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+from confluent_kafka import Producer, TopicPartition
+
+from stream_adapt import service
+from stream_adapt.commit import Outcome
+from stream_adapt.config import Config, load
+from stream_adapt.datasets.source import STARS
+from stream_adapt.datasets.synthetic import Synthetic
+from stream_adapt.datasets.synthetic import events as synthetic_events
+from stream_adapt.decode import event_struct
+from stream_adapt.kafka import properties
+from stream_adapt.kafka.consumer import InputConsumer, RebalanceListener
+from stream_adapt.kafka.embedded import KAFKA_VERSION, EmbeddedKafka
+from stream_adapt.kafka.producer import OutputProducer
+from stream_adapt.kafka.topics import create_topics
+from stream_adapt.learner.encoder import Bag, Categorical, Feature, Numeric
+from stream_adapt.models import LearnerSpec
+from stream_adapt.record import Outputs, Score, UserEvent, Work
+from stream_adapt.runner import Pace, Shutdown
+from stream_adapt.state.row import ControlRow
+from stream_adapt.testing.model import random_model
+
+#: What the events of the benchmark carry: a record of about 250 bytes.
+FEATURES: dict[str, Feature] = {"category": Categorical(), "tags": Bag(), "price": Numeric(hats=5)}
+STAGES = ("poll", "decode", "adapt", "emit", "commit")
+
+
+@dataclass(frozen=True)
+class EndToEnd:
+    """Parameters of `bench e2e`."""
+
+    events: int = 400_000
+    rounds: int = 5
+    partitions: int = 4
+    batch: int = 16_384
+    delivery: Literal["exactly_once", "at_least_once"] = "exactly_once"
+    covariance: Literal["diagonal", "full"] = "diagonal"
+    bootstrap_servers: str | None = None
+
+
+class Result(msgspec.Struct):
+    """What `bench e2e --json` prints; rates are medians over the rounds, ratios medians of the rounds' ratios."""
+
+    ratio: float  # the loop as configured ÷ pass-through
+    ratio_stateless: float  # nothing written but scores; today's loop writes nothing else
+    events_per_s: float
+    pass_through_per_s: float
+    stages_us: dict[str, float]  # microseconds an event
+    rows_per_event: float  # rows changed in a batch ÷ events of the batch
+    bytes_out_per_event: float
+    batch: int
+    delivery: str
+    broker: str
+    ratios: list[float]  # round by round
+
+
+@dataclass
+class Stopwatch:
+    """Watches the loop like metrics do, and keeps only what the benchmark reports."""
+
+    stages: dict[str, float] = field(default_factory=lambda: dict.fromkeys(STAGES, 0.0))
+    started: float = 0.0
+    ended: float = 0.0
+    events: int = 0
+    bytes_out: int = 0
+    rows: int = 0
+    _polling: float = 0.0
+
+    def tick(self, _consumer: InputConsumer, _shards: dict[int, ControlRow]) -> None:
+        pass
+
+    def stage(self, name: str, seconds: float) -> None:
+        if name == "poll":
+            self._polling = seconds
+        elif self.started:
+            self.stages[name] += seconds
+
+    def polled(self, records: int) -> None:
+        if records and not self.started:
+            self.started = time.perf_counter() - self._polling
+        if self.started:
+            self.stages["poll"] += self._polling
+
+    def committed(self, work: Work, _outcome: Outcome) -> None:
+        self.ended = time.perf_counter()
+        self.events += len(work.batch)
+        keys = zip(work.batch.partitions.tolist(), work.batch.user_ids, strict=True)
+        self.rows += len(set(keys))
+        self.bytes_out += sum(len(value or b"") for block in work.outputs for value in block.values)
+
+    def aborted(self) -> None:
+        pass
+
+    def rebalanced(self, _kind: str, _partitions: Collection[int]) -> None:
+        pass
+
+    @property
+    def per_s(self) -> float:
+        """Events a second."""
+        return self.events / (self.ended - self.started)
+
+
+def end_to_end(parameters: EndToEnd, progress: Callable[[str], None] = lambda _: None) -> Result:
+    """Rounds of pass-through and loop in turn, on one broker; see the module's docstring."""
+    with _broker(parameters) as (bootstrap, broker), tempfile.TemporaryDirectory() as folder:
+        config = _configuration(parameters, bootstrap, Path(folder))
+        progress(f"producing {parameters.events:,} events")
+        _fill(config, parameters)
+        _one_loop(config, min(parameters.events, 2 * parameters.batch))  # compiles, and warms the broker up
+        loops, carried = [], []
+        for number in range(parameters.rounds):
+            carried.append(_pass_through(config, parameters.events))
+            loops.append(_one_loop(config, parameters.events))
+            progress(f"round {number + 1}: loop {loops[-1].per_s:,.0f}/s, pass-through {carried[-1]:,.0f}/s")
+    return _result(parameters, broker, loops, carried)
+
+
+def _result(parameters: EndToEnd, broker: str, loops: list[Stopwatch], carried: list[float]) -> Result:
+    ratios = [loop.per_s / alone for loop, alone in zip(loops, carried, strict=True)]
+    per_event = {stage: statistics.median(1e6 * loop.stages[stage] / loop.events for loop in loops) for stage in STAGES}
+    return Result(
+        ratio=round(statistics.median(ratios), 3),
+        ratio_stateless=round(statistics.median(ratios), 3),
+        events_per_s=round(statistics.median(loop.per_s for loop in loops)),
+        pass_through_per_s=round(statistics.median(carried)),
+        stages_us={stage: round(us, 3) for stage, us in per_event.items()},
+        rows_per_event=round(loops[-1].rows / loops[-1].events, 3),
+        bytes_out_per_event=round(loops[-1].bytes_out / loops[-1].events, 1),
+        batch=parameters.batch,
+        delivery=parameters.delivery,
+        broker=broker,
+        ratios=[round(ratio, 3) for ratio in ratios],
+    )
+
+
+@contextmanager
+def _broker(parameters: EndToEnd) -> Iterator[tuple[str, str]]:
+    if parameters.bootstrap_servers:
+        yield parameters.bootstrap_servers, parameters.bootstrap_servers
+        return
+    with EmbeddedKafka() as kafka:
+        yield kafka.bootstrap_servers, f"Apache Kafka {KAFKA_VERSION} (embedded)"
+
+
+def _configuration(parameters: EndToEnd, bootstrap: str, folder: Path) -> Config:
+    sample = list(_events(5_000))
+    columns = {name: [_typed(event.features.get(name)) for event in sample] for name in FEATURES}
+    spec = LearnerSpec(features=FEATURES, feedback=STARS, covariance=parameters.covariance)
+    random_model(folder, spec, sorted({event.item_id for event in sample}), columns)
+    config = load(
+        None,
+        {},
+        app__name=f"bench-{uuid.uuid4().hex[:8]}",
+        kafka__bootstrap_servers=bootstrap,
+        topics__partitions=parameters.partitions,
+        model__path=str(folder),
+        input__max_batch=parameters.batch,
+        delivery=parameters.delivery,
+    ).config
+    create_topics(properties.common(config), service.topic_specs(config))
+    return config
+
+
+def _typed(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
+
+
+def _events(count: int) -> Iterator[UserEvent]:
+    stream = Synthetic(events=count, drift="none", users=20_000, items=5_000, active=4_000, burst=8)
+    for event in synthetic_events(stream):
+        yield msgspec.structs.replace(event, features={name: event.features[name] for name in FEATURES})
+
+
+def _fill(config: Config, parameters: EndToEnd) -> None:
+    producer = Producer({**properties.common(config), "linger.ms": 20, "partitioner": "murmur2_random"})
+    for number, event in enumerate(_events(parameters.events)):
+        producer.produce(config.topic("events"), msgspec.json.encode(event), event.user_id)
+        if number % 10_000 == 0:
+            producer.poll(0.2)
+    producer.flush()
+
+
+def _one_loop(config: Config, events: int) -> Stopwatch:
+    """The real member, in this process, with a group of its own."""
+    watch = Stopwatch()
+    own = config.model_copy(update={"kafka": config.kafka.model_copy(update={"group_id": uuid.uuid4().hex})})
+    pace = Pace(config.input.max_batch, config.input.latency_ms / 1000, events)
+    service.serve(own, Shutdown(), lambda _pipeline: watch, pace)
+    return watch
+
+
+def _pass_through(config: Config, events: int) -> float:
+    """Events a second of a loop that only carries."""
+    own = config.model_copy(update={"kafka": config.kafka.model_copy(update={"group_id": uuid.uuid4().hex})})
+    consumer = InputConsumer(
+        properties.consumer(own), own.topic("events"), start="earliest", listener=RebalanceListener()
+    )
+    settings = properties.producer(own)
+    exactly_once = own.delivery == "exactly_once"
+    producer = OutputProducer(
+        settings,
+        transactional_id=own.transactional_id if exactly_once else None,
+        socket_timeout_s=float(settings["socket.timeout.ms"]) / 1000,
+        deadline_s=30,
+    )
+    try:
+        return _carry(own, consumer, producer, events, exactly_once)
+    finally:
+        producer.close()
+        consumer.close()
+
+
+def _carry(config: Config, consumer: InputConsumer, producer: OutputProducer, events: int, exactly_once: bool) -> float:
+    decode: Callable[[Any], Any] = msgspec.json.Decoder(event_struct(FEATURES, STARS)).decode
+    encode = msgspec.json.Encoder().encode
+    done, started, version = 0, 0.0, "00000000T000000-00000000"
+    while done < events:
+        polling = time.perf_counter()
+        raw = consumer.poll(config.input.max_batch, config.input.latency_ms / 1000)
+        if not len(raw):
+            continue
+        started = started or polling
+        decoded = [decode(value) for value in raw.values]
+        values = [
+            encode(
+                Score(
+                    e.event_id, e.user_id, e.item_id, 0.5123456, 0.5123456, 0.5123456, 3, 1, 0.5123456, version, 10, (),
+                    e.timestamp, e.timestamp, config.topic("events"), p, o,
+                )
+            )
+            for e, p, o in zip(decoded, raw.partitions, raw.offsets, strict=True)
+        ]  # fmt: skip
+        positions = {p: o + 1 for p, o in zip(raw.partitions, raw.offsets, strict=True)}
+        if exactly_once:
+            producer.begin()
+        producer.send(Outputs(config.topic("scores"), raw.keys, values, None, raw.partitions, raw.offsets))
+        if exactly_once:
+            offsets = [TopicPartition(consumer.topic, p, o) for p, o in positions.items()]
+            producer.send_offsets(offsets, consumer.group_metadata())
+            producer.commit()
+        else:
+            producer.flush()
+            consumer.commit(positions)
+        consumer.advance(positions)
+        done += len(raw)
+    return done / (time.perf_counter() - started)

@@ -1,0 +1,44 @@
+"""What every data set is: declared features, a feedback mapping, and events that can be read again and again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from stream_adapt.learner.encoder import Feature
+from stream_adapt.learner.feedback import Feedback, LabelCuts
+from stream_adapt.record import UserEvent
+
+#: One to five stars as five levels; the target is "four or more".
+STARS = Feedback(
+    levels=("1", "2", "3", "4", "5"),
+    target="4",
+    label=LabelCuts(range=(1.0, 5.0), cuts=(2.0, 3.0, 4.0, 5.0)),
+)
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set that can be streamed."""
+
+    name: str
+    features: dict[str, Feature]
+    #: How labels and event types become levels, unless the configuration says otherwise.
+    feedback: Feedback
+    #: Starts a new pass: events in the order of time, ties in the order in which the data set has them.
+    events: Callable[[], Iterator[UserEvent]]
+    #: Number of events of a pass, where it is known beforehand.
+    count: int | None
+    #: Index of the first event after a drift that was put there on purpose.
+    drift_at: int | None = None
+
+
+def cache_folder() -> Path:
+    """Where downloads are kept: `STREAM_ADAPT_CACHE_DIR`, else `stream-adapt/` in the user's XDG cache folder."""
+    own = os.environ.get("STREAM_ADAPT_CACHE_DIR")
+    if own:
+        return Path(own).expanduser()
+    shared = os.environ.get("XDG_CACHE_HOME")
+    return (Path(shared) if shared else Path.home() / ".cache") / "stream-adapt"

@@ -1,0 +1,1 @@
+"""How good scores are: measured from what was said before the answer was known."""

@@ -1,0 +1,376 @@
+"""Pretraining: from a log of events to the slow weights θ that service reads.
+
+AdamW minimises the objective over users' sequences. What belongs to an item's id — its embedding, its co-occurrence
+features, its popularity — is folded into one `item_vector` at the end: service knows the sum alone. Figures are those
+of a training that stops earlier, judged on the events that follow; the weights are of a second one, on everything.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+
+import msgspec
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from stream_adapt.errors import ConfigError, DataError, ModelError
+from stream_adapt.learner.encoder import FittedFeature
+from stream_adapt.meta import sequences
+from stream_adapt.meta.objective import prequential
+from stream_adapt.meta.sequences import Columns, Log, Vocabulary
+from stream_adapt.models import Floats32, LearnerSpec, SlowWeights
+from stream_adapt.record import UserEvent
+
+
+class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How to train. The defaults were chosen on the first halves of MovieLens-100K and MovieLens-1M."""
+
+    epochs: int = 8
+    rate: float = 0.01  # AdamW's, after warm-up; a cosine brings it to 0
+    warm_up: float = 0.15  # share of all steps
+    betas: tuple[float, float] = (0.9, 0.99)
+    clip: float = 1.0  # norm of the gradient
+    item_decay: float = 2.0  # decoupled, times the rate, on the vectors of item ids
+    item_bias_decay: float = 0.4  # the same, on their biases
+    id_dropout: float = 0.2  # share of events that see an item without its id, so that unseen items lean on content
+    longest: int = 256  # events in a training window
+    batch_events: int = 8192  # in one step, padding included
+    max_items: int = 200_000  # known by id: the most frequent
+    cooccurrence: int = 64  # K, 0: none
+    cooccurrence_items: int = 5_000  # that take part: memory is the square of it
+    item_bias_variance: float = 0.2  # V₀
+    item_offset_variance: float = 0.05  # of each coordinate
+    validation_share: float = 0.1  # of the events, the last ones; 0: no figures, and half the time
+    seed: int = 0
+
+
+class Trained(msgspec.Struct, frozen=True):
+    """What a training made: θ, the fitted features it reads, and how well it did on events it did not see."""
+
+    weights: SlowWeights
+    fitted: tuple[FittedFeature, ...]
+    figures: dict[str, float]
+
+
+#: Called after each step with the epoch (from 0), the steps done, the steps of all, and the step's loss per event.
+Progress = Callable[[int, int, int, float], None]
+
+
+def pretrain(
+    events: Iterable[UserEvent] | Log,
+    spec: LearnerSpec,
+    settings: TrainSettings | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> Trained:
+    """Trains θ on events in the order in which service would learn them. On the CPU a seed fixes every bit of it.
+
+    Args:
+        events: the log; events without feedback are skipped.
+        spec: what is learned.
+        settings: how to train.
+        device: auto (CUDA where there is one), cpu or cuda.
+        progress: told of every step.
+
+    Raises:
+        DataError: there is too little to learn from.
+        ConfigError: the device is unknown or absent.
+        ModelError: training diverged.
+    """
+    settings = settings or TrainSettings()
+    log = events if isinstance(events, Log) else sequences.read_log(events, spec)
+    _check(log, spec)
+    where = torch_device(device)
+    seen = len(log) - round(settings.validation_share * len(log))
+    steps = _Steps(progress, trainings=2 if seen < len(log) else 1)
+    figures: dict[str, float] = {}
+    if seen < len(log):
+        rehearsal, vocabulary = _train(log.head(seen), spec, settings, where, steps)
+        figures = _figures(rehearsal, sequences.encode(log, vocabulary).to(where), seen, settings)
+    parameters, vocabulary = _train(log, spec, settings, where, steps)
+    return Trained(_fold(parameters, vocabulary, settings), vocabulary.fitted, figures)
+
+
+def torch_device(name: str) -> torch.device:
+    """The device called auto, cpu or cuda.
+
+    Raises:
+        ConfigError: it is none of these, or there is no such device.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise ConfigError(f"device={name!r} must be auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device='cuda': this machine has no CUDA device that torch can use; take auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _check(log: Log, spec: LearnerSpec) -> None:
+    yes = int((log.levels >= spec.feedback.target_level).sum())
+    if not 0 < yes < len(log):
+        raise DataError(
+            f"{len(log)} events with feedback, {yes} of them at or above {spec.feedback.target!r}: "
+            "training needs both kinds; check the events and the configuration of feedback"
+        )
+
+
+class Parameters(nn.Module):
+    """θ as it is trained: positive numbers as logarithms, what an item's id says in three parts.
+
+    I known items, K co-occurrence features, F and A rows of the feature tables, L levels, D dimensions.
+    """
+
+    def __init__(
+        self,
+        vocabulary: Vocabulary,
+        cooccurrence: Tensor,
+        levels: Tensor,
+        spec: LearnerSpec,
+        generator: torch.Generator,
+    ) -> None:
+        super().__init__()
+        width = spec.dimension + 1
+
+        def table(rows: int) -> nn.Parameter:
+            values = torch.randn(rows, width, generator=generator) * 0.1
+            values[:, -1] = 0.0
+            return nn.Parameter(values)
+
+        self.id_vector = nn.Parameter(table(len(vocabulary.item_hash)).data[:, :-1].clone())  # [I, D]
+        self.id_bias = nn.Parameter(torch.zeros(len(vocabulary.item_hash)))  # [I]
+        self.cooccurrence_weight = table(cooccurrence.shape[1])  # [K, D+1]
+        self.popularity_weight = table(1)  # [1, D+1]
+        self.feature_vector = table(vocabulary.rows("item"))  # [F, D+1]
+        self.user_vector = nn.Parameter(torch.zeros(vocabulary.rows("user"), width))  # [A, D+1]
+        self.prior_mean = nn.Parameter(torch.zeros(width))  # [D+1]
+        self.log_prior_variance = nn.Parameter(torch.full((width,), math.log(0.5)))  # [D+1]
+        scores, thresholds = _level_priors(levels, spec)
+        self.level_scores = nn.Parameter(scores)  # [L]
+        self.thresholds = nn.Parameter(thresholds)  # [L-1]
+        self.bias = nn.Parameter(scores[levels].mean(0, keepdim=True))  # [1]
+        self.log_noise = nn.Parameter(torch.tensor(math.log(2.0)))
+        self.log_leak = nn.Parameter(torch.tensor([0.003, 0.01]).log())  # [2]
+        self.log_readout = nn.Parameter(torch.tensor([1.0, math.pi / 8]).log())  # [2] α, κ (MacKay, 1992)
+        self.readout_bias = nn.Parameter(torch.zeros(1))  # [1] β
+        self.cooccurrence: Tensor
+        self.popularity: Tensor
+        self.register_buffer("cooccurrence", cooccurrence)  # [I+1, K]
+        # Standardised but for the mean: an unknown item has 0 events, and its popularity must add nothing.
+        popularity = torch.log1p(torch.from_numpy(vocabulary.item_events))
+        popularity = torch.cat([popularity / popularity.std(correction=0).clamp_min(1e-3), torch.zeros(1)])
+        self.register_buffer("popularity", popularity)  # [I+1]
+        self.target = spec.feedback.target_level
+
+    def item_content(self) -> Tensor:
+        """What co-occurrence and popularity add to x̃ `[I+1, D+1]`; zeros for the unknown item, the last."""
+        return self.cooccurrence @ self.cooccurrence_weight + self.popularity[:, None] * self.popularity_weight
+
+    def item_id(self) -> Tensor:
+        """What the id itself adds to x̃ `[I+1, D+1]`; zeros for the unknown item, the last."""
+        return nn.functional.pad(torch.cat([self.id_vector, self.id_bias[:, None]], 1), (0, 0, 0, 1))
+
+    def readout(self) -> Tensor:
+        """α, κ, β `[3]`."""
+        return torch.cat([self.log_readout.exp(), self.readout_bias])
+
+    def all_thresholds(self) -> Tensor:
+        """What to add to the target's logit for each threshold `[L−1]`; 0 at the target."""
+        return torch.cat(
+            [self.thresholds[: self.target - 1], torch.zeros_like(self.bias), self.thresholds[self.target :]]
+        )
+
+    def forward(self, columns: Columns, numbers: Tensor, real: Tensor, id_kept: Tensor | None) -> prequential.Sequences:
+        """Reads events `numbers` `[B, T]`; where `id_kept` `[B, T]` is 0 an item's id says nothing."""
+        events, items = numbers.flatten(), columns.items[numbers]  # [B*T], [B, T]
+        ids = self.item_id()[items]  # [B, T, D+1]
+        vectors = self.item_content()[items] + (ids if id_kept is None else ids * id_kept[..., None])  # [B, T, D+1]
+        for encoded in (columns.of_item, columns.of_event):
+            vectors = vectors + encoded.sums(events, self.feature_vector).view_as(vectors)  # [B, T, D+1]
+        means = self.prior_mean + columns.of_user.sums(events, self.user_vector).view_as(vectors)  # [B, T, D+1]
+        x = nn.functional.pad(vectors[..., :-1], (0, 1), value=1.0)  # [B, T, D+1]
+        prior = self.bias + vectors[..., -1] + (means * x).sum(-1)  # [B, T]
+        scores = self.level_scores[columns.levels[numbers]]  # [B, T]
+        return prequential.Sequences(x, prior, scores, _gaps(columns.hours[numbers]), real)
+
+
+def _gaps(hours: Tensor) -> Tensor:
+    """Hours since the event before `[B, T]`; 0 at the first, and for an event that came late."""
+    return nn.functional.pad(hours.diff(dim=1), (1, 0)).clamp_min(0.0).float()
+
+
+def _level_priors(levels: Tensor, spec: LearnerSpec) -> tuple[Tensor, Tensor]:
+    """Where to start: level scores `[L]` and threshold offsets `[L−1]` from how often each level was said."""
+    counts = torch.bincount(levels, minlength=len(spec.feedback.levels)).double() + 1.0  # [L]
+    shares = counts / counts.sum()  # [L]
+    below = shares.cumsum(0) - shares  # [L]
+    cut = torch.logit(below[spec.feedback.target_level])
+    scores = torch.logit(below + shares / 2) - cut  # [L]
+    return scores.float(), (cut - torch.logit(below[1:])).float()
+
+
+class _Steps:
+    """Counts the steps of one or two trainings as one."""
+
+    def __init__(self, progress: Progress | None, trainings: int) -> None:
+        self._progress, self._left, self._done = progress, trainings, 0
+
+    def __call__(self, epoch: int, step: int, steps: int, loss: float) -> None:
+        """Step `step` of this training's `steps` is done; the next training is taken to be as long."""
+        if not math.isfinite(loss):
+            raise ModelError(f"training diverged: the loss of step {step} of {steps} is {loss}; lower the rate")
+        self._done += 1
+        if self._progress is not None:
+            self._progress(epoch, self._done, self._done - step + steps * self._left, loss)
+        if step == steps:
+            self._left -= 1
+
+
+def _train(
+    log: Log, spec: LearnerSpec, settings: TrainSettings, device: torch.device, steps: _Steps
+) -> tuple[Parameters, Vocabulary]:
+    generator = torch.Generator().manual_seed(settings.seed)
+    vocabulary = sequences.fit(log, spec, settings.max_items)
+    columns = sequences.encode(log, vocabulary)
+    known = len(vocabulary.item_hash)
+    content = sequences.cooccurrence(
+        columns, known, settings.cooccurrence, settings.cooccurrence_items, seed=settings.seed
+    )
+    parameters = Parameters(vocabulary, content, columns.levels, spec, generator).to(device)
+    windows = sequences.windows(columns.users, settings.longest)
+    columns = columns.to(device)
+    batches = _batches(windows, settings.batch_events)
+    total = settings.epochs * len(batches)
+    optimiser, schedule = _optimiser(parameters, settings, total)
+    step = 0
+    for epoch in range(settings.epochs):
+        for chosen in torch.randperm(len(batches), generator=generator).tolist():
+            loss = _loss(parameters, columns, batches[chosen], settings.id_dropout, generator)
+            optimiser.zero_grad()
+            torch.autograd.backward(loss)
+            nn.utils.clip_grad_norm_(parameters.parameters(), settings.clip)
+            optimiser.step()
+            schedule.step()
+            step += 1
+            steps(epoch, step, total, loss.item())
+    return parameters, vocabulary
+
+
+def _batches(windows: list[Tensor], events: int) -> list[list[Tensor]]:
+    """Windows of like lengths together, as many as make about `events` with padding."""
+    batches: list[list[Tensor]] = [[]]
+    for window in sorted(windows, key=len, reverse=True):
+        if batches[-1] and (len(batches[-1]) + 1) * len(batches[-1][0]) > events:
+            batches.append([])
+        batches[-1].append(window)
+    return batches
+
+
+def _optimiser(
+    parameters: Parameters, settings: TrainSettings, steps: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    decays = {"id_vector": settings.item_decay, "id_bias": settings.item_bias_decay}
+    groups = [{"params": [p], "weight_decay": decays.get(name, 0.0)} for name, p in parameters.named_parameters()]
+    optimiser = torch.optim.AdamW(groups, lr=settings.rate, betas=settings.betas)
+    warm = max(1, round(settings.warm_up * steps))
+
+    def share(step: int) -> float:
+        rising = (step + 1) / warm
+        return min(rising, 0.5 * (1.0 + math.cos(math.pi * max(0.0, step - warm) / max(1, steps - warm))))
+
+    return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, share)
+
+
+def _loss(
+    parameters: Parameters, columns: Columns, batch: list[Tensor], id_dropout: float, generator: torch.Generator
+) -> Tensor:
+    """Mean loss per event of one batch of windows."""
+    numbers, real = sequences.padded(batch)  # [B, T]
+    id_kept = (torch.rand(numbers.shape, generator=generator) >= id_dropout).float()  # [B, T]
+    device = columns.users.device
+    numbers, real, id_kept = numbers.to(device), real.to(device), id_kept.to(device)
+    try:
+        adapted, _ = _predictions(parameters, columns, numbers, real, id_kept)
+    except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
+        # K + σ²I has no root only once its numbers overflow.
+        raise ModelError(f"training diverged: {error}; lower the rate") from error
+    logits = prequential.logit(adapted, parameters.readout())  # [B, T]
+    losses = prequential.loss(logits, columns.levels[numbers], parameters.all_thresholds(), parameters.target)  # [B, T]
+    return losses[real].mean()
+
+
+def _predictions(
+    parameters: Parameters, columns: Columns, numbers: Tensor, real: Tensor, id_kept: Tensor | None = None
+) -> tuple[prequential.Predictions, prequential.Predictions]:
+    """What θ says of events `numbers` `[B, T]`, adapted and frozen."""
+    seen = parameters(columns, numbers, real, id_kept)
+    prior_variance = parameters.log_prior_variance.exp()  # [D+1]
+    adapted = prequential.predict(seen, prior_variance, parameters.log_noise.exp(), parameters.log_leak.exp())
+    return adapted, prequential.predict_frozen(seen, prior_variance)
+
+
+def _fold(parameters: Parameters, vocabulary: Vocabulary, settings: TrainSettings) -> SlowWeights:
+    """θ as service reads it."""
+
+    def array(tensor: Tensor) -> Floats32:
+        return tensor.detach().cpu().numpy().astype(np.float32)
+
+    items = parameters.item_id() + parameters.item_content()  # [I+1, D+1]
+    return SlowWeights(
+        item_hash=vocabulary.item_hash,
+        item_vector=array(items[:-1]),
+        item_events=vocabulary.item_events,
+        feature_vector=array(parameters.feature_vector),
+        user_vector=array(parameters.user_vector),
+        prior_mean=array(parameters.prior_mean),
+        prior_variance=array(parameters.log_prior_variance.exp()),
+        level_scores=array(parameters.level_scores),
+        bias=array(parameters.bias),
+        noise=array(parameters.log_noise.exp()[None]),
+        leak=array(parameters.log_leak.exp()),
+        readout=array(parameters.readout()),
+        item_variance=np.array([settings.item_bias_variance, settings.item_offset_variance], dtype=np.float32),
+    )
+
+
+#: Events judged at once, padding included: bounds memory, and changes no figure.
+FIGURE_EVENTS = 8192
+
+
+@torch.no_grad()
+def _figures(parameters: Parameters, columns: Columns, seen: int, settings: TrainSettings) -> dict[str, float]:
+    """AUC and log-loss, adapted and frozen, of the events from number `seen` on; items stay as trained.
+
+    Of a user's events only the last `longest` are read.
+    """
+    windows = [w for w in sequences.last_windows(columns.users.cpu(), settings.longest) if w[-1] >= seen]
+    said = [_judge(parameters, columns, batch, seen) for batch in _batches(windows, FIGURE_EVENTS)]
+    adapted, frozen, levels = torch.cat(said, 1).cpu()  # [m] each
+    target = levels >= parameters.target  # [m]
+    return {
+        "events": float(len(target)),
+        "auc": _auc(adapted, target),
+        "log_loss": _log_loss(adapted, target),
+        "frozen_auc": _auc(frozen, target),
+        "frozen_log_loss": _log_loss(frozen, target),
+    }
+
+
+def _judge(parameters: Parameters, columns: Columns, batch: list[Tensor], seen: int) -> Tensor:
+    """Logits adapted and frozen, and levels, of a batch's events from number `seen` on: `[3, m]`."""
+    numbers, real = (t.to(columns.users.device) for t in sequences.padded(batch))  # [B, T]
+    both = [prequential.logit(p, parameters.readout()) for p in _predictions(parameters, columns, numbers, real)]
+    return torch.stack([*both, columns.levels[numbers].float()])[:, real & (numbers >= seen)]  # [3, m]
+
+
+def _log_loss(logits: Tensor, target: Tensor) -> float:
+    return float(nn.functional.binary_cross_entropy_with_logits(logits, target.to(logits.dtype)))
+
+
+def _auc(logits: Tensor, target: Tensor) -> float:
+    """Area under the ROC curve: the chance that a yes ranks above a no, ties counting half; NaN without both."""
+    _, group, sizes = torch.unique(logits, return_inverse=True, return_counts=True)
+    ranks = (sizes.cumsum(0) - (sizes - 1) / 2.0)[group].double()  # [m]
+    yes = int(target.sum())
+    below = float(ranks[target].sum()) - yes * (yes + 1) / 2
+    return below / (yes * (len(target) - yes)) if 0 < yes < len(target) else math.nan

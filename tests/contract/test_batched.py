@@ -1,0 +1,220 @@
+"""The batched rule learns what the sequential one learns, and gradients go through its updates."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from typing import get_args
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from learner_streams import KNOWN_ITEMS, adapt_all, cut, part, random_model, random_stream, state_of
+from torch import Tensor
+
+from stream_adapt.adapt import Adapter
+from stream_adapt.errors import ConfigError
+from stream_adapt.learner.rules.kalman import batched
+from stream_adapt.learner.rules.kalman.batched import Items, Seen, Theta, Users
+from stream_adapt.models import Covariance
+from stream_adapt.record import Adapted
+from stream_adapt.state.table import Table
+
+#: Rows are float32, and the item sums may be added up in another order.
+TOLERANCE = 1e-5
+
+both_covariances = pytest.mark.parametrize("covariance", get_args(Covariance))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def numbers(table: Table) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
+    """Every field of the rows in use `[m, …]`, in float64."""
+    return {f.name: table.rows[f.name][: len(table)].astype(np.float64) for f in table.layout.fields}
+
+
+def last_bit(values: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
+    """The norm `[m]` of one unit in the last place of every float32 of `[m, k]`."""
+    return np.linalg.norm(np.spacing(values.astype(np.float32)), axis=1)
+
+
+def copy_rows(source: Table, target: Table) -> None:
+    """The same rows at the same slots."""
+    keys = sorted((slot, partition, row_id) for partition in source.partitions for row_id, slot in source.items(partition))
+    slots = target.slots([partition for _, partition, _ in keys], [row_id for _, _, row_id in keys])
+    target.rows[slots] = source.rows[: len(source)]
+
+
+def assert_same_update(before: Table, expected: Table, actual: Table) -> None:
+    """Row by row the changes of weights and variances agree, relative to the change and but for the last bit stored."""
+    old, new, other = numbers(before), numbers(expected), numbers(actual)
+    rows = len(before)
+    for name in {"d", "P", "c", "delta"} & set(new):
+        change, other_change = (n[name][:rows].reshape(rows, -1) - old[name].reshape(rows, -1) for n in (new, other))
+        allowed = TOLERANCE * np.linalg.norm(change, axis=1) + last_bit(new[name][:rows].reshape(rows, -1))
+        off = np.linalg.norm(change - other_change, axis=1)
+        assert np.all(off <= allowed), (name, off[off > allowed], allowed[off > allowed])
+        print("FIG", name, (off/np.maximum(np.linalg.norm(change, axis=1),1e-30)).max())
+    for name, expected_field in new.items():
+        exact = before.layout.dtype[name].base.kind in "iu"
+        np.testing.assert_allclose(
+            other[name], expected_field, rtol=0 if exact else TOLERANCE, atol=0 if exact else TOLERANCE, err_msg=name
+        )
+
+
+def assert_said_close(expected: Adapted, actual: Adapted) -> None:
+    for f in dataclasses.fields(Adapted):
+        expected_column, actual_column = getattr(expected, f.name), getattr(actual, f.name)
+        atol = 1e-6 if expected_column.dtype.kind == "f" else 0
+        np.testing.assert_allclose(actual_column, expected_column, rtol=0, atol=atol, err_msg=f.name)
+
+
+@both_covariances
+@pytest.mark.parametrize("size", [1, 3, 63, 4096])
+def test_it_learns_what_the_sequential_rule_learns(covariance: Covariance, size: int) -> None:
+    model = random_model(covariance, features=True, window=64)
+    before, expected, actual = (Adapter(model, device) for device in ("cpu", "cpu", "torch-cpu"))
+    adapt_all(before, [random_stream(400, seed=1, features=True)])
+    for adapter in (expected, actual):
+        copy_rows(before.users, adapter.users)
+        copy_rows(before.items, adapter.items)
+    events = random_stream(size, seed=2, hot=0.9, features=True, first_offset=1000)
+    assert_said_close(expected.adapt(events), actual.adapt(events))
+    assert_same_update(before.users, expected.users, actual.users)
+    assert_same_update(before.items, expected.items, actual.items)
+
+
+@both_covariances
+def test_it_does_not_matter_where_batches_are_cut(covariance: Covariance) -> None:
+    events, model = random_stream(500, users=40), random_model(covariance)
+    whole, pieces = Adapter(model, "torch-cpu"), Adapter(model, "torch-cpu")
+    assert_said_close(adapt_all(whole, [events]), adapt_all(pieces, cut(events, 37)))
+    for a, b in ((whole.users, pieces.users), (whole.items, pieces.items)):
+        for name, field in numbers(a).items():
+            np.testing.assert_allclose(numbers(b)[name], field, rtol=TOLERANCE, atol=TOLERANCE, err_msg=name)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 5), st.integers(0, 2), st.integers(0, 3)), max_size=60),
+)
+def test_rounds_hold_each_user_once_and_respect_what_came_before(drawn: list[tuple[int, int, int]]) -> None:
+    user, partition, steps = np.array(drawn, dtype=np.int64).reshape(-1, 3).T
+    user = user * 3 + partition  # a row belongs to one partition
+    window = np.cumsum(steps)
+    order, windows = batched.plan_rounds(user, partition, window)
+    assert list(range(len(drawn))) == sorted(order)
+    rounds = [order[a:b] for bounds in windows for a, b in pairwise(bounds)]
+    assert all(len(set(user[r])) == len(r) for r in rounds)
+    for u in set(user):
+        assert np.flatnonzero(user == u).tolist() == [k for k in order if user[k] == u]
+    for p in set(partition):
+        assert sorted(window[partition == p]) == [window[k] for k in order if partition[k] == p]
+    for bounds in windows:
+        members = order[bounds[0] : bounds[-1]]
+        assert len({(partition[k], window[k]) for k in members}) == len(set(partition[members]))
+        first = user[order[bounds[0] : bounds[1]]]
+        assert all(np.array_equal(first[: b - a], user[order[a:b]]) for a, b in pairwise(bounds))
+
+
+@both_covariances
+def test_first_rows_are_those_of_the_slab(covariance: Covariance) -> None:
+    model, full = random_model(covariance), covariance == "full"
+    adapter, theta = Adapter(model), Theta.of(model.weights)
+    adapter.users.slots([0, 0], ["a", "b"])
+    adapter.items.slots([0, 0], ["i0", "i49"])
+    users = batched.init(theta, 2, full=full, ring=model.spec.ring)
+    hashes = torch.from_numpy(adapter.items.rows["hash"][:2].view(np.int64).copy())
+    known = np.searchsorted(model.weights.item_hash, adapter.items.rows["hash"][0])
+    items = batched.init_items(theta, hashes, torch.tensor([known, KNOWN_ITEMS]))
+    for table, rows in ((adapter.users, users), (adapter.items, items)):
+        for name, value in zip(rows._fields, rows, strict=True):
+            field = table.rows[name][:2]
+            np.testing.assert_array_equal(field, value.numpy().view(field.dtype), err_msg=name)
+
+
+def through_two_windows(covariance: Covariance) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
+    """The scores of two users' four events as a function of θ, and a θ. Items learn, and settle, on the way."""
+    model = random_model(covariance, size=2)
+    theta = Theta._make(t.double() for t in Theta.of(model.weights))
+    theta = theta._replace(item_vector=theta.item_vector[:3], item_events=theta.item_events[:3])
+    rng = np.random.default_rng(5)
+    known, hours = torch.tensor([[0, 1], [1, 0], [0, 0], [1, 2]]), torch.tensor([[0, 0], [1, 5], [2, 7], [50, 7]])
+    levels = torch.tensor([[0, 4], [3, 1], [4, 2], [1, -1]])
+    w0 = torch.from_numpy(rng.normal(0, 0.5, (2, 3)))
+    no_pairs = (torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0))
+
+    def scores(*leaves: Tensor) -> Tensor:
+        given_theta, said = Theta(*leaves, item_events=theta.item_events, feature_vector=theta.feature_vector), []
+        users = batched.init(given_theta, 2, full=covariance == "full", ring=2, dtype=torch.float64)
+        items = batched.init_items(given_theta, torch.arange(3), torch.arange(3), dtype=torch.float64)
+        for t in range(4):
+            settled = batched.settle(items, torch.full((3,), t // 2))
+            x, c = batched.encode(given_theta, known[t], torch.zeros(2, 3), no_pairs)
+            seen = seen_of(given_theta, x, c, w0, settled, known[t], hours[t], levels[t])
+            reading = batched.read(given_theta, users, seen)
+            said.append(batched.read_out(given_theta, reading.z, reading.v + reading.v_item))
+            users, lesson, z, v = batched.write(given_theta, users, seen, reading)
+            said.append(batched.read_out(given_theta, z, v + reading.v_item))
+            items = batched.add_pending(items, settled, known[t], lesson)
+        return torch.cat(said)
+
+    return scores, tuple(t.clone().requires_grad_() for t in theta[:8])
+
+
+def seen_of(
+    theta: Theta, x: Tensor, c: Tensor, w0: Tensor, items: Items, at: Tensor, hours: Tensor, level: Tensor
+) -> Seen:
+    delta = torch.cat([items.delta[at], torch.zeros(len(at), 1)], 1)
+    offset, time_ms = theta.bias + c + items.c[at], hours * 3_600_000
+    return Seen(x + delta, w0, offset, items.c_var[at], items.delta_var[at], items.hash[at], time_ms, level)
+
+
+@both_covariances
+def test_gradients_through_the_updates_equal_finite_differences(covariance: Covariance) -> None:
+    scores, theta = through_two_windows(covariance)
+    assert torch.autograd.gradcheck(scores, theta)
+    gradients = torch.autograd.grad(scores(*theta)[-4:].sum(), theta)  # of the last events: through all updates
+    assert all(g.abs().sum() > 0 for g in gradients)
+
+
+def test_writing_leaves_the_rows_it_was_given_alone() -> None:
+    model = random_model()
+    theta = Theta.of(model.weights)
+    users = batched.init(theta, 2, full=False, ring=2)
+    kept = Users._make(t.clone() for t in users)
+    one, two = torch.ones(2, 7, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
+    seen = Seen(one, one, two, two, one[:, 1:], two.long(), two.long(), two.long())
+    written = batched.write(theta, users, seen, batched.read(theta, users, seen))
+    assert all(torch.equal(a, b) for a, b in zip(kept, users, strict=True))
+    assert not torch.equal(users.d, written.users.d)
+
+
+def test_an_unknown_device_is_a_configuration_error() -> None:
+    with pytest.raises(ConfigError, match="device='abacus'"):
+        Adapter(random_model(), "abacus")
+
+
+def test_service_on_the_cpu_does_not_import_torch() -> None:
+    asks = "import sys, stream_adapt.pipeline; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", asks], check=False).returncode == 0
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@both_covariances
+def test_the_gpu_repeats_itself_bit_by_bit_and_agrees_with_the_cpu(covariance: Covariance) -> None:
+    model, events = random_model(covariance, features=True), random_stream(2000, features=True)
+    here, there, again = (Adapter(model, device) for device in ("cpu", "cuda", "cuda"))
+    assert_said_close(here.adapt(events), there.adapt(events))
+    again.adapt(part(events, slice(None)))
+    assert state_of(there) == state_of(again)

@@ -1,0 +1,211 @@
+"""What every update rule promises, for every rule found and every covariance."""
+
+from __future__ import annotations
+
+import pkgutil
+from typing import get_args, get_type_hints
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from learner_streams import (
+    adapt_all,
+    assert_said_equal,
+    cut,
+    part,
+    random_model,
+    random_stream,
+    rows_of,
+    state_of,
+    with_weights,
+)
+
+from stream_adapt.adapt import Adapter
+from stream_adapt.learner import rules
+from stream_adapt.models import Covariance, LearnerSpec, Model
+from stream_adapt.record import Adapted, Batch, Flag
+from stream_adapt.state.row import RowError
+
+RULES = [module.name for module in pkgutil.iter_modules(rules.__path__) if module.ispkg]
+COVARIANCES: tuple[Covariance, ...] = get_args(Covariance)
+DEVICES = ("cpu", "torch-cpu")
+
+pytestmark = [pytest.mark.parametrize("covariance", COVARIANCES), pytest.mark.parametrize("rule", RULES)]
+both_devices = pytest.mark.parametrize("device", DEVICES)
+
+
+def model_of(rule: str, covariance: Covariance, **more: int) -> Model:
+    model = random_model(covariance, **more)  # type: ignore[arg-type]
+    assert rule == model.spec.rule, "random_model must learn to make models of the new rule"
+    return model
+
+
+def test_a_model_can_name_the_rule(rule: str, covariance: Covariance) -> None:
+    assert rule in get_args(get_type_hints(LearnerSpec)["rule"])
+
+
+@both_devices
+def test_an_event_is_scored_as_by_the_frozen_model_when_user_and_item_are_new(
+    rule: str, covariance: Covariance, device: str
+) -> None:
+    events = random_stream(50, users=50)
+    first = [k for k in range(50) if events.user_ids[k] not in events.user_ids[:k]]
+    first = [k for k in first if events.item_ids[k] not in events.item_ids[:k]]
+    said = Adapter(model_of(rule, covariance), device).adapt(part(events, first))
+    np.testing.assert_allclose(said.frozen_score, said.score, rtol=0, atol=1e-7)
+    assert np.any(said.updated_score != said.score)
+
+
+@both_devices
+def test_scoring_changes_nothing(rule: str, covariance: Covariance, device: str) -> None:
+    adapter = Adapter(model_of(rule, covariance), device)
+    adapt_all(adapter, [random_stream(300)])
+    before = state_of(adapter)
+    later = random_stream(200, seed=1, first_offset=10_000)
+    later.levels[:] = -1
+    said = adapter.adapt(later)
+    for kept, now in zip(before, state_of(adapter), strict=True):
+        assert kept == {key: row for key, row in now.items() if key in kept}
+    np.testing.assert_array_equal(said.score, said.updated_score)
+    assert np.all(said.flags & Flag.SCORE_ONLY)
+
+
+def test_a_score_does_not_know_its_own_level(rule: str, covariance: Covariance) -> None:
+    events, other = random_stream(100), random_stream(100)
+    other.levels[-1] = (events.levels[-1] + 2) % 5
+    said, otherwise = (Adapter(model_of(rule, covariance)).adapt(e) for e in (events, other))
+    np.testing.assert_array_equal(said.score, otherwise.score)
+    np.testing.assert_array_equal(said.uncertainty, otherwise.uncertainty)
+
+
+def test_one_by_one_and_many_at_once_are_the_same_byte_for_byte(rule: str, covariance: Covariance) -> None:
+    events = random_stream(20_000, users=500)
+    model = model_of(rule, covariance, window=256)
+    expected = Adapter(model)
+    said = adapt_all(expected, cut(events, 4096))
+    for size in (1, 7):
+        adapter = Adapter(model)
+        assert_said_equal(said, adapt_all(adapter, cut(events, size)))
+        assert state_of(expected) == state_of(adapter)
+
+
+def one_window(seed: int) -> Batch:
+    """16 offsets of one partition, with users and items that meet again."""
+    events = random_stream(16, seed=seed, users=5)
+    events.partitions[:] = 0
+    events.offsets[:] = 1600 + np.arange(16)
+    return events
+
+
+@given(seed=st.integers(0, 99), device=st.sampled_from(DEVICES), order=st.permutations(range(16)))
+@settings(max_examples=20, deadline=None)
+def test_the_order_of_other_users_within_a_window_changes_no_user(
+    rule: str, covariance: Covariance, seed: int, device: str, order: list[int]
+) -> None:
+    events, before = one_window(seed), random_stream(200, users=5)
+    before.partitions[:] = 0
+    of_user = {u: iter([k for k in range(16) if events.user_ids[k] == u]) for u in set(events.user_ids)}
+    moved = [next(of_user[events.user_ids[k]]) for k in order]  # each user's own events stay in order
+    adapters, said = [Adapter(model_of(rule, covariance), device) for _ in range(2)], []
+    for adapter, at in zip(adapters, (list(range(16)), moved), strict=True):
+        adapt_all(adapter, [before])
+        window = part(events, at)
+        window.offsets[:] = events.offsets
+        said.append(adapter.adapt(window))
+    if device == "cpu":
+        assert rows_of(adapters[0].users) == rows_of(adapters[1].users)
+        np.testing.assert_array_equal(said[0].score[moved], said[1].score)
+    np.testing.assert_allclose(said[0].score[moved], said[1].score, rtol=0, atol=1e-6)
+
+
+@given(st.data())
+@settings(max_examples=30, deadline=None)
+def test_rows_come_back_from_their_bytes(rule: str, covariance: Covariance, data: st.DataObject) -> None:
+    adapter = Adapter(model_of(rule, covariance))
+    layout = data.draw(st.sampled_from([adapter.users.layout, adapter.items.layout]))
+    body = data.draw(st.binary(min_size=layout.row_bytes, max_size=layout.row_bytes))
+    content = layout.to_bytes(np.frombuffer(body, layout.dtype)[0])
+    assert body == layout.from_bytes(content).tobytes()
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_damaged_bytes_are_no_row(rule: str, covariance: Covariance, data: st.DataObject) -> None:
+    adapter = Adapter(model_of(rule, covariance))
+    layout = data.draw(st.sampled_from([adapter.users.layout, adapter.items.layout]))
+    content = bytearray(layout.to_bytes(np.zeros((), layout.dtype)))
+    header = (1, 2, *range(4, 8))  # without the low byte of the format and the reserved one
+    at = data.draw(st.sampled_from(header) | st.integers(8, len(content) - 1))
+    content[at] ^= data.draw(st.integers(1, 255))
+    damaged = data.draw(st.sampled_from([bytes(content), bytes(content[:-1]), bytes(content) + b"\0", b""]))
+    with pytest.raises(RowError):
+        layout.from_bytes(damaged)
+
+
+def test_a_row_takes_the_same_memory_however_much_happened(rule: str, covariance: Covariance) -> None:
+    adapter = Adapter(model_of(rule, covariance))
+    sizes = []
+    for k in range(3):
+        adapt_all(adapter, [random_stream(2000, seed=k, users=4, first_offset=k * 10_000)])
+        users, items = state_of(adapter)
+        sizes.append((len(users), len(items), {len(row) for row in users.values()}, len(adapter.users.rows)))
+    assert [sizes[0]] * 3 == sizes
+
+
+@both_devices
+def test_what_a_slot_held_before_makes_no_difference(rule: str, covariance: Covariance, device: str) -> None:
+    clean, dirty = (Adapter(model_of(rule, covariance), device) for _ in range(2))
+    for table in (dirty.users, dirty.items):
+        table.rows.view(np.uint8)[:] = 0xFF  # NaN in every number
+    assert_said_equal(clean.adapt(random_stream(300)), dirty.adapt(random_stream(300)))
+    assert state_of(clean) == state_of(dirty)
+
+
+@both_devices
+def test_an_abort_puts_every_byte_back(rule: str, covariance: Covariance, device: str) -> None:
+    adapter = Adapter(model_of(rule, covariance), device)
+    adapt_all(adapter, [random_stream(200, users=6)])
+    before = state_of(adapter)
+    later = [random_stream(100, seed=k, users=40, first_offset=1000 * k) for k in (1, 2)]
+    first = [adapter.adapt(batch) for batch in later]
+    assert len(before[0]) < len(adapter.users)
+    adapter.abort()
+    assert before == state_of(adapter)
+    assert (len(before[0]), len(before[1])) == (len(adapter.users), len(adapter.items))
+    for said, batch in zip(first, later, strict=True):
+        assert_said_equal(said, adapter.adapt(batch))
+
+
+#: θ under which an update cannot be stored: what is changed, and which levels it concerns.
+UNSTORABLE = [
+    ({"level_scores": np.inf}, {4}),
+    ({"level_scores": np.nan}, {4}),
+    ({"level_scores": -3e38}, {4}),
+    ({"bias": 1e31}, {0, 1, 2, 3, 4}),
+    ({"prior_mean": 1e18, "noise": 1e-12, "prior_variance": 1e-9}, {0, 1, 2, 3, 4}),
+]
+
+
+@both_devices
+@pytest.mark.parametrize(("change", "levels"), UNSTORABLE)
+def test_an_update_that_is_not_finite_is_undone_and_flagged(
+    rule: str, covariance: Covariance, device: str, change: dict[str, float], levels: set[int]
+) -> None:
+    adapter, events = Adapter(with_weights(model_of(rule, covariance), **change), device), random_stream(200)
+    said = adapter.adapt(events)
+    undone = np.isin(events.levels, list(levels))
+    np.testing.assert_array_equal(undone, (said.flags & Flag.NAN_UNDONE) > 0)
+    np.testing.assert_array_equal(said.score[undone], said.updated_score[undone])
+    assert np.all(np.isfinite(said.score))
+    for table in (adapter.users, adapter.items):
+        rows = table.rows[: len(table)]
+        assert all(np.all(np.isfinite(rows[f.name])) for f in table.layout.fields)
+    learned = (events.levels >= 0) & ~undone
+    assert learned.sum() == adapter.users.rows["count"][: len(adapter.users)].sum()
+
+
+@both_devices
+def test_an_empty_batch_is_no_work(rule: str, covariance: Covariance, device: str) -> None:
+    said: Adapted = Adapter(model_of(rule, covariance), device).adapt(part(random_stream(3), slice(0, 0)))
+    assert len(said.score) == 0

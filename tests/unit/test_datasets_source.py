@@ -1,0 +1,52 @@
+"""Opening a data set by name or path."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from stream_adapt.datasets import NAMES, Source, open_source
+from stream_adapt.datasets.source import STARS, cache_folder
+from stream_adapt.errors import ConfigError, DataError
+
+
+def test_the_names_are_the_ones_of_the_command_line() -> None:
+    assert NAMES == ("movielens-100k", "movielens-1m", "synthetic")
+
+
+def test_an_unknown_name_is_refused_with_the_choices() -> None:
+    with pytest.raises(DataError, match=r"'movielens-2m'.*movielens-100k, movielens-1m, synthetic"):
+        open_source("movielens-2m")
+
+
+def test_a_log_without_a_mapping_is_refused(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text("user,item,time\n")
+    with pytest.raises(ConfigError, match="mapping file"):
+        open_source(str(log))
+
+
+def test_a_mapping_for_a_named_set_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="synthetic is described already"):
+        open_source("synthetic", mapping=tmp_path / "mapping.yaml")
+
+
+def test_synthetic_has_defaults() -> None:
+    source = open_source("synthetic")
+    assert isinstance(source, Source)
+    assert (source.count, source.drift_at, source.feedback) == (100_000, 75_000, STARS)
+
+
+def test_stars_are_five_levels_and_four_is_the_target() -> None:
+    levels = STARS.level_of([1.0, 2.0, 3.0, 4.0, 5.0], ["rating"] * 5)
+    assert levels.tolist() == [0, 1, 2, 3, 4]
+    assert STARS.target_level == 3
+
+
+def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("STREAM_ADAPT_CACHE_DIR", raising=False)
+    assert tmp_path / "stream-adapt" == cache_folder()
+    monkeypatch.setenv("STREAM_ADAPT_CACHE_DIR", str(tmp_path / "own"))
+    assert tmp_path / "own" == cache_folder()
