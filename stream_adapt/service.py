@@ -42,6 +42,58 @@ _FENCE_TIMEOUTS = 3
 _ADMIN_TIMEOUT_S = 15.0
 
 
+class Finished(msgspec.Struct):
+    """How a member ended."""
+
+    events: int  # committed by it
+    seconds: float
+    model_version: str
+    metrics_port: int | None
+
+
+def run(config: Config, shutdown: Shutdown, stop_after: int | None = None) -> Finished:
+    """Runs a member with its metrics and health port, until it is told to stop.
+
+    Args:
+        config: what to run.
+        shutdown: asked after every batch.
+        stop_after: events after whose commit it ends by itself.
+
+    Raises:
+        ConfigError, KafkaRefused, Fenced: each says what to do.
+    """
+    started = time.monotonic()
+    finished = Finished(events=0, seconds=0.0, model_version="", metrics_port=None)
+    with ExitStack() as stack:
+
+        def observe(pipeline: Pipeline) -> Observer:
+            finished.model_version = pipeline.adapter.model.version
+            if not config.metrics.enabled:
+                return Observers()
+            watchers, finished.metrics_port = _watch(config, pipeline.adapter, stack)
+            return watchers
+
+        pace = replace(pace_of(config), stop_after_events=stop_after)
+        finished.events = serve(config, shutdown, observe, pace)
+    finished.seconds = round(time.monotonic() - started, 3)
+    return finished
+
+
+def _watch(config: Config, adapter: Adapter, stack: ExitStack) -> tuple[Observers, int]:
+    """Metrics and health of a member, and the port where they are served until the stack closes."""
+    registry = CollectorRegistry()
+    model = adapter.model
+    metrics = Metrics(
+        registry,
+        model_version=model.version,
+        target_level=model.spec.feedback.target_level,
+        tables={Kind.USER: adapter.users, Kind.ITEM: adapter.items},
+    )
+    health = Health(stalled_after_s=config.metrics.stalled_after_s, model_version=model.version)
+    server = stack.enter_context(HealthServer(registry, health, host=config.metrics.host, port=config.metrics.port))
+    return Observers(metrics, health), server.port
+
+
 def serve(config: Config, shutdown: Shutdown, observe: Callable[[Pipeline], Observer], pace: Pace | None = None) -> int:
     """Runs a member; returns how many events it committed.
 

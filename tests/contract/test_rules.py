@@ -113,7 +113,7 @@ def test_the_order_of_other_users_within_a_window_changes_no_user(
         window = part(events, at)
         window.offsets[:] = events.offsets
         said.append(adapter.adapt(window))
-    if device == "cpu":
+    if device == "cpu":  # torch computes an exponential differently by its place in a vector
         assert rows_of(adapters[0].users) == rows_of(adapters[1].users)
         np.testing.assert_array_equal(said[0].score[moved], said[1].score)
     np.testing.assert_allclose(said[0].score[moved], said[1].score, rtol=0, atol=1e-6)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import msgspec
@@ -25,6 +26,14 @@ SPEC = LearnerSpec(
     dimension=4,
 )
 QUICK = TrainSettings(epochs=2, batch_events=64, longest=16, cooccurrence=3, validation_share=0.0)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_items() -> Iterator[None]:
+    """So few items get co-occurrence features here only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(trainer, "ITEMS_PER_COOCCURRENCE", 2)
+        yield
 
 
 def tastes(n: int = 400, seed: int = 0) -> list[UserEvent]:
@@ -118,6 +127,13 @@ def test_folded_weights_say_what_the_trained_parameters_say() -> None:
         expected_x, expected_prior = served(weights, vocabulary.fitted, events[k])
         np.testing.assert_allclose(x[k], expected_x, atol=1e-5)
         np.testing.assert_allclose(prior[k], expected_prior, atol=1e-5)
+
+
+def test_small_logs_get_small_batches_and_few_cooccurrence_features() -> None:
+    assert [trainer._usual(n) for n in (100, 50_000, 10**9)] == [512, 1000, 8192]
+    log = sequences.read_log(tastes(), SPEC)
+    columns = sequences.encode(log, sequences.fit(log, SPEC, 100))
+    assert trainer._cooccurrence(columns, 15, TrainSettings()).shape == (16, 7)
 
 
 def test_an_unknown_item_is_its_features_alone() -> None:
