@@ -5,7 +5,7 @@ The second stage of the path. It owns the rows of all shards (`state/`) and call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from typing import Any
 
@@ -15,19 +15,12 @@ import xxhash
 
 from stream_adapt.learner.encoder import EncodingCache, FeatureReader, event_pairs
 from stream_adapt.learner.rules.kalman.layout import covariance_floats, item_layout, user_layout
-from stream_adapt.learner.rules.kalman.step import (
-    Events,
-    ItemRows,
-    Scores,
-    Scratch,
-    Theta,
-    UserRows,
-)
+from stream_adapt.learner.rules.kalman.step import Events, Scores, Theta
 from stream_adapt.learner.rules.kalman.step import adapt as adapt_compiled
 from stream_adapt.models import Model
 from stream_adapt.record import Adapted, Batch
 from stream_adapt.state.overlay import Overlay
-from stream_adapt.state.table import Table
+from stream_adapt.state.table import Slots, Table
 
 #: Learns a batch: slab of users, slab of items, events, scores to fill in.
 AdaptRows = Callable[[npt.NDArray[Any], npt.NDArray[Any], Events, Scores], None]
@@ -45,8 +38,8 @@ class Adapter:
         self.model = model
         self._theta = Theta.of(model.weights)
         spec, fitted = model.spec, model.manifest.fitted
-        self.users = Table(user_layout(spec), self._start_user)
-        self.items = Table(item_layout(spec), self._start_item)
+        self.users = Table(user_layout(spec), self._start_users)
+        self.items = Table(item_layout(spec), self._start_items)
         self.overlay = Overlay(self.users, self.items)
         self._prior_P = self._packed_prior(covariance_floats(spec))
         self._content = EncodingCache(FeatureReader(fitted, "item"), model.weights.feature_vector)
@@ -81,16 +74,12 @@ class Adapter:
 
     def _rule(self, device: str) -> AdaptRows:
         if device in ("auto", "cpu"):
-            return self._compiled
+            return partial(adapt_compiled, self._theta)
         from stream_adapt.learner.rules.kalman import batched  # imports torch, which service on the CPU does without
 
         return partial(batched.adapt_batched, batched.Theta.of(self.model.weights, device.removeprefix("torch-")))
 
-    def _compiled(self, users: npt.NDArray[Any], items: npt.NDArray[Any], events: Events, scores: Scores) -> None:
-        rows = UserRows.of(users)
-        adapt_compiled(self._theta, rows, ItemRows.of(items), events, scores, Scratch.for_rows(rows))
-
-    def _encode(self, batch: Batch, users: npt.NDArray[np.int64], items: npt.NDArray[np.int64]) -> Events:
+    def _encode(self, batch: Batch, users: Slots, items: Slots) -> Events:
         spec = self.model.spec
         content = self._content.index(batch.features)
         prior = self._priors.index(batch.features)
@@ -120,16 +109,16 @@ class Adapter:
         at = np.minimum(np.searchsorted(known, hashes), len(known) - 1)
         return np.where(known[at] == hashes, at, len(known))
 
-    def _start_user(self, table: Table, slot: int, _: str) -> None:
-        table.rows["P"][slot] = self._prior_P
+    def _start_users(self, slab: npt.NDArray[Any], slots: Slots, _: Sequence[str]) -> None:
+        slab["P"][slots] = self._prior_P
 
-    def _start_item(self, table: Table, slot: int, item_id: str) -> None:
-        digest = xxhash.xxh3_64_intdigest(item_id.encode())
-        theta = self._theta
-        seen = theta.item_events[self._known(np.array([digest], dtype=np.uint64))[0]] / theta.noise
-        table.rows["hash"][slot] = digest
-        table.rows["c_var"][slot] = 1.0 / (1.0 / theta.item_bias_variance + seen)
-        table.rows["delta_var"][slot] = 1.0 / (1.0 / theta.item_offset_variance + seen)
+    def _start_items(self, slab: npt.NDArray[Any], slots: Slots, item_ids: Sequence[str]) -> None:
+        hashes = np.array([xxhash.xxh3_64_intdigest(item_id.encode()) for item_id in item_ids], dtype=np.uint64)
+        bias_variance, offset_variance = self.model.weights.item_variance.astype(np.float64)
+        seen = self._theta.item_events[self._known(hashes)] / np.float64(self.model.weights.noise[0])
+        slab["hash"][slots] = hashes
+        slab["c_var"][slots] = 1.0 / (1.0 / bias_variance + seen)
+        slab["delta_var"][slots] = (1.0 / (1.0 / offset_variance + seen))[:, None]
 
     def _packed_prior(self, floats: int) -> npt.NDArray[np.float32]:
         diagonal = self.model.weights.prior_variance

@@ -8,7 +8,7 @@ The loop's thread replaces one immutable value, `Seen`; whoever asks judges the 
 request can hold up the loop.
 
     starting ─▶ standby | assigned ─▶ progressing ⇄ idle        ready, but for starting
-                  any ─▶ stalled | rejoining | aborting | not_progressing        not ready
+                  any ─▶ stalled | aborting | not_progressing        not ready
 """
 
 from __future__ import annotations
@@ -48,12 +48,11 @@ _REQUEST_TIMEOUT_S = 5.0
 class State(Enum):
     """What a member is doing, as /readyz says it."""
 
-    STARTING = "starting"  # has not joined the group yet
+    STARTING = "starting"  # not in the group yet
     STANDBY = "standby"  # in the group, and the others own all partitions
     ASSIGNED = "assigned"  # owns partitions; their ends have not been seen yet
     PROGRESSING = "progressing"  # behind, and advancing
     IDLE = "idle"  # nothing to do
-    REJOINING = "rejoining"  # was in the group, and is not now
     ABORTING = "aborting"  # every transaction is aborted
     NOT_PROGRESSING = "not_progressing"  # behind, and not advancing
     STALLED = "stalled"  # the loop does not turn
@@ -78,7 +77,6 @@ class Seen:
 
     ticked_s: float
     joined: bool = False
-    ever_joined: bool = False
     aborts_in_a_row: int = 0
     shards: Mapping[int, Shard] = field(default_factory=dict)
 
@@ -119,9 +117,7 @@ def judge(seen: Seen, now_s: float, stalled_after_s: float) -> Verdict:
 def _judge_membership(seen: Seen) -> Verdict:
     if seen.joined:
         return Verdict(State.STANDBY, "in the group; its other members own all partitions")
-    if seen.ever_joined:
-        return Verdict(State.REJOINING, "was in the consumer group, and is not now: are the brokers reachable?")
-    return Verdict(State.STARTING, "has not joined the consumer group yet")
+    return Verdict(State.STARTING, "has not joined the consumer group yet: are the brokers reachable?")
 
 
 def _why_stuck(partition: int, shard: Shard, now_s: float) -> str:
@@ -172,7 +168,6 @@ class Health:
             seen = replace(
                 seen,
                 joined=joined,
-                ever_joined=seen.ever_joined or joined,
                 shards=self._look(consumer.lag(), shards, now),
             )
         self._seen = seen

@@ -200,8 +200,12 @@ class _Reader:
         )
 
     def _features_of(self, number: int, row: dict[str, Any]) -> dict[str, FeatureValue]:
-        values = ((name, self._read(number, row, column, convert)) for name, column, convert in self._features)
-        return {name: value for name, value in values if value is not None}
+        features = {}
+        for name, column, convert in self._features:
+            value = self._read(number, row, column, convert)
+            if value is not None:
+                features[name] = value
+        return features
 
     def _label(self, value: Any) -> float | None:
         label, cuts = _number(value), self._mapping.feedback.label
@@ -369,7 +373,7 @@ def _bag(value: Any, separator: str) -> list[str] | None:
     if value is None or value == "":
         return None
     parts = value.split(separator) if isinstance(value, str) else value
-    if isinstance(parts, list) and len(parts) <= BAG_LIMIT and all(isinstance(part, str) for part in parts):
+    if isinstance(parts, list) and len(parts) <= BAG_LIMIT and {str}.issuperset(map(type, parts)):
         return parts
     raise _BadValue(f"expected up to {BAG_LIMIT} strings in a list, or separated by {separator!r}")
 
@@ -378,7 +382,12 @@ def _vector(value: Any, separator: str, length: int) -> list[float] | None:
     if value is None or value == "":
         return None
     parts = value.split(separator) if isinstance(value, str) else value
-    numbers = [_limited(part) for part in parts] if isinstance(parts, list) else []
-    if len(numbers) != length or None in numbers:
-        raise _BadValue(f"expected {length} numbers, separated by {separator!r} if in one cell")
-    return [number for number in numbers if number is not None]
+    try:
+        numbers = [] if not isinstance(parts, list) or bool in map(type, parts) else [float(part) for part in parts]
+    except (TypeError, ValueError, OverflowError):
+        numbers = []
+    if len(numbers) != length or not all(-NUMBER_LIMIT <= number <= NUMBER_LIMIT for number in numbers):
+        raise _BadValue(
+            f"expected {length} numbers within ±{NUMBER_LIMIT:g}, separated by {separator!r} if in one cell"
+        )
+    return numbers

@@ -6,6 +6,7 @@ specification, the settings, and the code that trains.
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections import defaultdict
@@ -153,6 +154,8 @@ def _usable(registry: Path) -> Path | None:
 
 
 def _train(data: Data, registry: Path, console: Console) -> Path:
+    # Torch makes this folder in any case; left to itself among the temporary ones, and leaves it there.
+    os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "torch"))
     from stream_adapt.meta.trainer import TrainSettings, pretrain
 
     columns = (TextColumn("  pretraining"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[loss]}"))

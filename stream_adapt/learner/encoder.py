@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from operator import attrgetter
 from typing import Annotated, Any, Literal
 
 import msgspec
@@ -193,13 +194,19 @@ class FeatureReader:
     def __init__(self, fitted: Sequence[FittedFeature], role: Role) -> None:
         self._readers = [_Reader(f) for f in fitted if f.feature.of == role]
         self.names = tuple(reader.fitted.name for reader in self._readers)
+        self._values = _getter(self.names)
 
     def __bool__(self) -> bool:
         return bool(self._readers)
 
     def key(self, features: Any) -> tuple[Any, ...]:
         """The role's values, hashable: equal keys have equal pairs."""
-        return tuple([getattr(features, name) for name in self.names]) if features is not None else ()
+        return self._values(features) if features is not None else ()
+
+    def keys(self, features: Sequence[Any]) -> list[tuple[Any, ...]]:
+        """Keys of the features of n events."""
+        values = self._values
+        return [values(f) if f is not None else () for f in features]
 
     def pairs(self, key: tuple[Any, ...]) -> Pairs:
         """Rows and weights of a key."""
@@ -211,6 +218,16 @@ class FeatureReader:
                 rows += more_rows
                 weights += more_weights
         return rows, weights
+
+
+def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
+    """Reads several attributes at once; `attrgetter` gives a tuple only for two or more."""
+    if len(names) > 1:
+        return attrgetter(*names)
+    if names:
+        read = attrgetter(*names)
+        return lambda features: (read(features),)
+    return lambda _: ()
 
 
 class EncodingCache:
@@ -231,11 +248,13 @@ class EncodingCache:
             return np.zeros(len(features), dtype=np.int32)
         if len(self._index) > CACHE_LIMIT:
             self._index.clear()
-        key, known = self._reader.key, self._index
-        keys = [key(f) for f in features]
-        for new in [k for k in keys if k not in known]:
-            self._add(new)
-        return np.array([known[k] for k in keys], dtype=np.int32)
+        keys = self._reader.keys(features)
+        found = [*map(self._index.get, keys)]
+        if None in found:
+            for key in keys:
+                self._add(key)
+            found = [*map(self._index.get, keys)]
+        return np.array(found, dtype=np.int32)
 
     def _add(self, key: tuple[Any, ...]) -> None:
         if key in self._index:

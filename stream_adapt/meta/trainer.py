@@ -27,7 +27,7 @@ from stream_adapt.record import UserEvent
 class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How to train. The defaults were chosen on the first halves of MovieLens-100K and MovieLens-1M."""
 
-    epochs: int = 8
+    epochs: int = 6
     rate: float = 0.007  # AdamW's, after warm-up; a cosine brings it to 0
     warm_up: float = 0.15  # share of all steps
     betas: tuple[float, float] = (0.9, 0.99)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,17 +12,20 @@ from stream_adapt.state.row import Layout
 
 Slots = npt.NDArray[np.int64]
 
+#: Fills new rows of a slab: slab, slots, ids.
+Start = Callable[[npt.NDArray[Any], Slots, Sequence[str]], None]
+
 _FIRST_CAPACITY = 1024
 
 
 class Table:
     """Rows of all owned partitions. A row is found by its source partition and id, and lives at a slot of the slab.
 
-    `start` fills a new row: it gets the table, the slot and the id. `created` lists what was inserted since
-    `forget_created()`, so that an abort can take it out again.
+    `start` fills m new rows, which are zero: it gets the slab, their slots `[m]` and their ids. `created` lists what
+    was inserted since `forget_created()`, so that an abort can take it out again.
     """
 
-    def __init__(self, layout: Layout, start: Callable[[Table, int, str], None]) -> None:
+    def __init__(self, layout: Layout, start: Start) -> None:
         self.layout = layout
         self.rows: npt.NDArray[Any] = np.zeros(_FIRST_CAPACITY, dtype=layout.dtype)
         self.created: list[tuple[int, str, int]] = []
@@ -54,26 +57,29 @@ class Table:
             index.setdefault(partition, {})
         found = [index[p].get(i) for p, i in zip(partitions, row_ids, strict=True)]
         if None in found:
-            found = [
-                self._insert(p, i) if slot is None else slot
-                for slot, p, i in zip(found, partitions, row_ids, strict=True)
-            ]
+            self._insert(
+                dict.fromkeys((p, i) for p, i, slot in zip(partitions, row_ids, found, strict=True) if slot is None)
+            )
+            found = [index[p].get(i) for p, i in zip(partitions, row_ids, strict=True)]
         return np.array(found, dtype=np.int64)
 
-    def _insert(self, partition: int, row_id: str) -> int:
-        known = self._index[partition].get(row_id)
-        if known is not None:  # inserted a moment ago: the id occurs twice in the batch
-            return known
-        slot = self._free.pop() if self._free else self._end
-        if slot == self._end:
-            self._end += 1
-            if self._end > len(self.rows):
-                self.rows = np.concatenate([self.rows, np.zeros_like(self.rows)])
-        self._index[partition][row_id] = slot
-        self.created.append((partition, row_id, slot))
-        self.rows[slot] = np.zeros((), dtype=self.rows.dtype)
-        self._start(self, slot, row_id)
-        return slot
+    def _insert(self, keys: Collection[tuple[int, str]]) -> None:
+        """Starts rows for m different keys that have none, in order."""
+        slots = self._take_slots(len(keys))
+        for (partition, row_id), slot in zip(keys, slots.tolist(), strict=True):
+            self._index[partition][row_id] = slot
+            self.created.append((partition, row_id, slot))
+        self.rows[slots] = np.zeros((), dtype=self.rows.dtype)
+        self._start(self.rows, slots, [row_id for _, row_id in keys])
+
+    def _take_slots(self, count: int) -> Slots:
+        """Free slots first, the last freed before others, then new ones at the end of the slab."""
+        reused = [self._free.pop() for _ in range(min(count, len(self._free)))]
+        first, self._end = self._end, self._end + count - len(reused)
+        if self._end > len(self.rows):
+            capacity = max(2 * len(self.rows), self._end)
+            self.rows = np.concatenate([self.rows, np.zeros(capacity - len(self.rows), dtype=self.rows.dtype)])
+        return np.concatenate([np.array(reused, dtype=np.int64), np.arange(first, self._end)])
 
     def remove(self, partition: int, row_id: str) -> None:
         """Drops a row; its slot is used again."""

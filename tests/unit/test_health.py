@@ -95,13 +95,12 @@ def loop() -> Loop:
 
 SHARD = Shard(next_offset=7, lag=0, model_version="v1", waiting_since_s=NOW)
 OLD = NOW - STALLED_AFTER_S
-JOINED = Seen(ticked_s=NOW, joined=True, ever_joined=True)
+JOINED = Seen(ticked_s=NOW, joined=True)
 OWNER = replace(JOINED, shards={0: SHARD, 3: SHARD})
 
 VERDICTS = [
     (Seen(ticked_s=NOW), State.STARTING, False, "not joined"),
     (JOINED, State.STANDBY, True, "other members own all partitions"),
-    (replace(JOINED, joined=False), State.REJOINING, False, "reachable"),
     (replace(OWNER, shards={0: SHARD, 3: replace(SHARD, lag=None)}), State.ASSIGNED, True, "not all their ends"),
     (OWNER, State.IDLE, True, "every record is done"),
     (replace(OWNER, shards={0: SHARD, 3: replace(SHARD, waiting_since_s=OLD)}), State.IDLE, True, "every record"),
@@ -201,10 +200,6 @@ def test_a_member_without_partitions_is_a_standby_once_it_has_joined(loop: Loop)
     loop.join()
     loop.turn()
     assert loop.state() is State.STANDBY
-
-    loop.consumer.generation = -1
-    loop.turn()
-    assert loop.state() is State.REJOINING
 
 
 def test_partitions_that_were_revoked_are_gone_at_once(loop: Loop) -> None:

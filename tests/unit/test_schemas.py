@@ -11,10 +11,10 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from stream_adapt.decode import ID_LIMIT, REASONS, event_struct
-from stream_adapt.emit import Destinations, Emitter
+from stream_adapt.emit import Emitter
 from stream_adapt.learner.encoder import BAG_LIMIT, NUMBER_LIMIT, Bag, Categorical, Numeric, Vector
 from stream_adapt.learner.feedback import Feedback
-from stream_adapt.record import DeadLetter, Flag, ItemId, Score, UserEvent, UserId
+from stream_adapt.record import DeadLetter, Flag, ItemId, Score, TopicNames, UserEvent, UserId
 
 SCHEMAS = Path(__file__).parents[2] / "schemas"
 EXAMPLES = sorted((SCHEMAS / "examples").iterdir())
@@ -139,7 +139,7 @@ def test_the_schema_knows_every_reason_of_a_dead_letter() -> None:
 
 @pytest.mark.parametrize("truncated", [False, True])
 def test_headers_of_an_emitted_dead_letter_are_valid(truncated: bool) -> None:
-    emitter = Emitter(Destinations("app.events", "app.scores", "app.dead-letters"), "v1", 1)
+    emitter = Emitter(TopicNames(events="app.events", scores="app.scores", dead_letters="app.dead-letters"), "v1", 1)
     letter = DeadLetter(b"u", b"{", 2, 7, "not_json", "too long " * 100)
     emitted = emitter.dead_letters([letter], {(2, 7)} if truncated else ())
     assert emitted.headers is not None

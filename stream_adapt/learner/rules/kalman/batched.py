@@ -419,26 +419,24 @@ RowsT = TypeVar("RowsT", Users, Items, Seen, _Columns, _Said)
 
 
 def _columns(theta: Theta, events: Events, user_at: Array, item_at: Array) -> _Columns:
-    where = theta.bias.device
-    known, content, w0, rows, weights, user, item, window, time_ms, level = (
-        torch.from_numpy(np.ascontiguousarray(a)).to(where)
-        for a in (
-            events.known,
-            events.content_vectors[events.content],
-            events.prior_vectors[events.prior],
-            events.rows,
-            events.weights,
-            user_at,
-            item_at,
-            events.window,
-            events.time_ms,
-            events.level,
-        )
+    def put(column: Array) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(column)).to(theta.bias.device)
+
+    known, event = put(events.known), np.repeat(np.arange(len(events.user)), np.diff(events.pointers))
+    pairs = (put(event), put(events.rows), put(events.weights))
+    x, c = encode(theta, known, put(events.content_vectors[events.content]), pairs)
+    w0 = put(events.prior_vectors[events.prior]).double()  # [n, D+1]
+    return _Columns(
+        x=x,
+        c=c,
+        w0=w0,
+        frozen=frozen(theta, x, c, w0, known),
+        user=put(user_at),
+        item=put(item_at),
+        window=put(events.window),
+        time_ms=put(events.time_ms),
+        level=put(events.level).long(),
     )
-    event = torch.from_numpy(np.repeat(np.arange(len(events.user)), np.diff(events.pointers))).to(where)
-    x, c = encode(theta, known, content, (event, rows, weights))
-    w0 = w0.double()
-    return _Columns(x, c, w0, frozen(theta, x, c, w0, known), user, item, window, time_ms, level.long())
 
 
 def _adapt_window(theta: Theta, users: Users, items: Items, events: _Columns, bounds: Sequence[int]) -> _Said:
@@ -463,8 +461,7 @@ def _adapt_window(theta: Theta, users: Users, items: Items, events: _Columns, bo
 def _round(theta: Theta, users: Users, seen: Seen) -> tuple[Users, _Said]:
     reading = read(theta, users, seen)
     after, lesson, z, v = write(theta, users, seen, reading)
-    z_v_item_late = reading[:4]
-    return after, _Said(*z_v_item_late, z, v, after.count, *lesson)
+    return after, _Said(reading.z, reading.v, reading.v_item, reading.late, z, v, after.count, *lesson)
 
 
 def _seen(theta: Theta, events: _Columns, settled: Items, at: Tensor) -> Seen:

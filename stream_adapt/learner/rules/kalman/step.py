@@ -1,8 +1,11 @@
 """The Kalman rule, one event at a time: the equations as service runs them, compiled for the CPU.
 
-`step` scores event i with its user's and item's rows and then, if the event carries a level, learns from it;
-`adapt` does so for a batch in order. Rows are float32 views of the slab and are written in place; arithmetic is
+`step` scores one event with its user's and item's rows and then, if the event carries a level, learns from it;
+`adapt` does so for a batch in order. Rows are records of the slab, float32, and are written in place; arithmetic is
 float64 and strictly sequential, so that results do not depend on how a stream was cut into batches.
+
+All that a step touches is a record (θ's numbers, a user, an item, the event, the work space): compiled code takes
+records by address, where a tuple of arrays costs a reference count for each array at every call.
 
 With x̃ = [x + δ ; 1], w = w₀ + d, and P kept as its diagonal or its packed lower triangle:
 
@@ -20,6 +23,7 @@ integral with learned constants.
 from __future__ import annotations
 
 import math
+from functools import cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -38,81 +42,24 @@ _SCORE_ONLY, _NAN_UNDONE, _LATE = int(Flag.SCORE_ONLY), int(Flag.NAN_UNDONE), in
 
 
 class Theta(NamedTuple):
-    """θ as the compiled code reads it; L levels, n known items and a last row of zeros for all others."""
+    """θ as the compiled code reads it: its numbers in one record, and the tables that events look things up in."""
 
-    bias: float  # b
-    noise: float  # σ²
-    leak_a: float
-    leak_b: float
-    alpha: float
-    kappa: float
-    beta: float
-    item_bias_variance: float  # V₀ of c
-    item_offset_variance: float  # V₀ of each coordinate of δ
-    level_scores: Array  # [L] float64
-    prior_variance: Array  # [D+1] float64
-    item_vector: Array  # [n+1, D+1]
+    numbers: Array  # [1] of `_numbers_type`
+    item_vector: Array  # [n+1, D+1] of n known items, and a last row of zeros for all others
     item_events: Array  # [n+1]
-    feature_vector: Array  # [F, D+1]
+    feature_vector: Array  # [F+1, D+1]; the last row, of zeros, keeps it from being empty
 
     @classmethod
     def of(cls, weights: SlowWeights) -> Theta:
         """θ of a loaded model."""
-        width = weights.item_vector.shape[1]
-        return cls(
-            bias=float(weights.bias[0]),
-            noise=float(weights.noise[0]),
-            leak_a=float(weights.leak[0]),
-            leak_b=float(weights.leak[1]),
-            alpha=float(weights.readout[0]),
-            kappa=float(weights.readout[1]),
-            beta=float(weights.readout[2]),
-            item_bias_variance=float(weights.item_variance[0]),
-            item_offset_variance=float(weights.item_variance[1]),
-            level_scores=weights.level_scores.astype(np.float64),
-            prior_variance=weights.prior_variance.astype(np.float64),
-            item_vector=np.concatenate([weights.item_vector, np.zeros((1, width), np.float32)]),
-            item_events=np.concatenate([weights.item_events, np.zeros(1, np.float32)]),
-            feature_vector=np.concatenate([weights.feature_vector, np.zeros((1, width), np.float32)]),  # never empty
-        )
-
-
-class UserRows(NamedTuple):
-    """Views of the user slab, `layout.user_layout`."""
-
-    last_ms: Array
-    count: Array  # type: ignore[assignment]  # not tuple's
-    d: Array
-    P: Array
-    ring_item: Array
-    ring_time_s: Array
-    ring_level: Array
-    ring_logit: Array
-
-    @classmethod
-    def of(cls, rows: Array) -> UserRows:
-        return cls(*(rows[name] for name in cls._fields))
-
-
-class ItemRows(NamedTuple):
-    """Views of the item slab, `layout.item_layout`."""
-
-    hash: Array
-    window: Array
-    count: Array  # type: ignore[assignment]  # not tuple's
-    pending_count: Array
-    c: Array
-    c_var: Array
-    delta: Array
-    delta_var: Array
-    c_info: Array
-    c_sum: Array
-    delta_info: Array
-    delta_sum: Array
-
-    @classmethod
-    def of(cls, rows: Array) -> ItemRows:
-        return cls(*(rows[name] for name in cls._fields))
+        numbers = np.zeros(1, _numbers_type(len(weights.prior_variance), len(weights.level_scores)))
+        numbers["bias"], numbers["noise"] = weights.bias, weights.noise
+        numbers["leak_a"], numbers["leak_b"] = weights.leak
+        numbers["alpha"], numbers["kappa"], numbers["beta"] = weights.readout
+        numbers["bias_variance"], numbers["offset_variance"] = weights.item_variance
+        numbers["prior_variance"], numbers["level_scores"] = weights.prior_variance, weights.level_scores
+        tables = (weights.item_vector, weights.item_events, weights.feature_vector)
+        return cls(numbers, *(np.concatenate([t, np.zeros((1, *t.shape[1:]), t.dtype)]) for t in tables))
 
 
 class Events(NamedTuple):
@@ -149,23 +96,115 @@ class Scores(NamedTuple):
         return cls._make([*(np.empty(n) for _ in range(4)), np.empty(n, np.int64), np.zeros(n, np.uint8)])
 
 
-class Scratch(NamedTuple):
-    """Work space of one step, float64."""
+def adapt(theta: Theta, users: Array, items: Array, events: Events, out: Scores) -> None:
+    """`step` for n events in order.
 
-    x: Array  # [D+1] x̃, with the item's offset
-    x0: Array  # [D+1] x̃ without it
-    w0: Array  # [D+1]
-    w: Array  # [D+1]
-    d: Array  # [D+1] after the leak
-    P: Array  # as in the row, after the leak
-    g: Array  # [D+1] P x̃
-    delta: Array  # [D] δ with the pending sums of earlier windows applied
-    delta_var: Array  # [D]
+    Args:
+        theta: slow weights.
+        users: slab of users, changed in place.
+        items: slab of items, changed in place.
+        events: encoded.
+        out: filled in.
+    """
+    width, floats = users["d"].shape[1], users["P"].shape[1]
+    seen = np.zeros(len(events.user), _EVENT_TYPE)
+    for name in ("user", "item", "window", "time_ms", "level"):
+        seen[name] = getattr(events, name)
+    seen["item_events"] = theta.item_events[events.known]
+    scratch = np.zeros(1, _scratch_type(width, floats))
+    _adapt(
+        theta.numbers, users, items, seen, scratch,
+        events.known, theta.item_vector, events.content, events.content_vectors, events.prior, events.prior_vectors,
+        events.pointers, events.rows, events.weights, theta.feature_vector,
+    )  # fmt: skip
+    for name, column in zip(out._fields, out, strict=True):
+        column[:] = seen[name]
 
-    @classmethod
-    def for_rows(cls, users: UserRows) -> Scratch:
-        width = users.d.shape[1]
-        return cls._make(np.empty(n) for n in (*[width] * 5, users.P.shape[1], width, width - 1, width - 1))
+
+#: One event and what is said of it.
+_EVENT_TYPE = np.dtype(
+    [(name, "<i8") for name in ("user", "item", "window", "time_ms", "level", "adaptations", "flags")]
+    + [(name, "<f8") for name in ("item_events", "score", "frozen", "updated", "uncertainty")]
+)
+
+
+@cache
+def _numbers_type(width: int, levels: int) -> np.dtype[Any]:
+    """θ's numbers: b, σ², leak, readout, an item's first variances, P₀ `[D+1]`, s `[L]`."""
+    single = ("bias", "noise", "leak_a", "leak_b", "alpha", "kappa", "beta", "bias_variance", "offset_variance")
+    arrays = [("prior_variance", "<f8", (width,)), ("level_scores", "<f8", (levels,))]
+    return np.dtype([*((name, "<f8") for name in single), *arrays])
+
+
+@cache
+def _scratch_type(width: int, floats: int) -> np.dtype[Any]:
+    """Work space of one step.
+
+    x0, x: x̃ without and with the item's offset. w0, w, d, P: as in the equations, after the leak. g = P x̃. c, c_var,
+    delta, delta_var: the item's deviation from θ, with the pending sums of earlier windows applied.
+    """
+    of_width = [(name, "<f8", (width,)) for name in ("x0", "x", "w0", "w", "d", "g")]
+    of_item = [("delta", "<f8", (width - 1,)), ("delta_var", "<f8", (width - 1,)), ("c", "<f8"), ("c_var", "<f8")]
+    return np.dtype([*of_width, ("P", "<f8", (floats,)), *of_item])
+
+
+@njit(cache=True, error_model="numpy", nogil=True)
+def _adapt(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    theta, users, items, events, scratch,
+    known, item_vector, content, content_vectors, prior, prior_vectors, pointers, rows, weights, feature_vector,
+):  # fmt: skip
+    """Encodes every event into the work space, and takes its step."""
+    s = scratch[0]
+    x0, w0 = s.x0, s.w0
+    for i in range(events.shape[0]):
+        for j in range(x0.shape[0]):
+            x0[j] = item_vector[known[i], j] + content_vectors[content[i], j]
+            w0[j] = prior_vectors[prior[i], j]
+        for k in range(pointers[i], pointers[i + 1]):
+            for j in range(x0.shape[0]):
+                x0[j] += weights[k] * feature_vector[rows[k], j]
+        step(theta[0], users[events[i].user], items[events[i].item], events[i], s)
+
+
+@njit(cache=True, error_model="numpy")
+def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Scores an event that is encoded in `s`, then learns from it if it carries a level."""
+    x0, x, w0, w, d = s.x0, s.x, s.w0, s.w, s.d
+    size = x.shape[0] - 1
+    c0 = x0[size]  # the item's bias under θ lies where x̃ has its 1
+    x0[size] = 1.0
+    _read_item(item, event.window, s)
+    _leak(theta, user, event.time_ms, s)
+
+    z, v_item = theta.bias + c0 + s.c, s.c_var
+    for j in range(size + 1):
+        w[j] = w0[j] + d[j]
+        x[j] = x0[j] + (s.delta[j] if j < size else 0.0)
+        z += w[j] * x[j]
+        if j < size:
+            v_item += w[j] * w[j] * s.delta_var[j]
+    v = _times_P(s)
+
+    event.score = read_out(theta, z, v + v_item)
+    event.updated = event.score
+    event.frozen = _frozen(theta, event.item_events, c0, s)
+    event.uncertainty = math.sqrt(v + v_item)
+    event.flags = _LATE if user.count > 0 and event.time_ms < user.last_ms else 0
+    if event.level < 0:
+        event.flags |= _SCORE_ONLY
+    else:
+        e, r = theta.level_scores[event.level] - z, v + theta.noise
+        v_new, fits = _learn_user(e, r + v_item, s)
+        if fits and _item_fits(r, e, s):
+            z_new = z
+            for j in range(size + 1):
+                z_new += (w0[j] + d[j] - w[j]) * x[j]
+            event.updated = read_out(theta, z_new, v_new + v_item)
+            _write_user(user, event, item.hash, z, s)
+            _write_item(item, event.window, r, e, s)
+        else:
+            event.flags |= _NAN_UNDONE
+    event.adaptations = user.count
 
 
 @njit(cache=True, error_model="numpy")
@@ -183,214 +222,154 @@ def read_out(theta, z, variance):  # type: ignore[no-untyped-def]  # pragma: no 
 
 
 @njit(cache=True, error_model="numpy")
-def _encode(theta, events, i, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """Fills x0 and w0; returns the item's bias under θ."""
-    size = s.x.shape[0] - 1
-    for j in range(size + 1):
-        s.x0[j] = theta.item_vector[events.known[i], j] + events.content_vectors[events.content[i], j]
-        s.w0[j] = events.prior_vectors[events.prior[i], j]
-    for k in range(events.pointers[i], events.pointers[i + 1]):
-        for j in range(size + 1):
-            s.x0[j] += events.weights[k] * theta.feature_vector[events.rows[k], j]
-    c = s.x0[size]
-    s.x0[size] = 1.0
-    return c
-
-
-@njit(cache=True, error_model="numpy")
-def _read_item(items, it, window, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """Fills δ and its variances as of the start of `window`; returns Δc and its variance.
+def _read_item(item, window, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Fills Δc, δ and their variances as of the start of `window`.
 
     They are rounded as `_write_item` stores them: it makes no difference who is first to touch an item in a window.
     """
-    c, c_var = float(items.c[it]), float(items.c_var[it])
-    due = items.pending_count[it] > 0 and items.window[it] != window
+    c, c_var = float(item.c), float(item.c_var)
+    delta, delta_var, info, total = item.delta, item.delta_var, item.delta_info, item.delta_sum
+    due = item.pending_count > 0 and item.window != window
     if due:
-        variance = 1.0 / (1.0 / c_var + items.c_info[it])
-        c = float(np.float32(c + variance * items.c_sum[it]))
+        variance = 1.0 / (1.0 / c_var + item.c_info)
+        c = float(np.float32(c + variance * item.c_sum))
         c_var = float(np.float32(variance))
-    for j in range(s.delta.shape[0]):
-        s.delta[j] = items.delta[it, j]
-        s.delta_var[j] = items.delta_var[it, j]
+    s.c, s.c_var = c, c_var
+    for j in range(delta.shape[0]):
+        mean, variance = float(delta[j]), float(delta_var[j])
         if due:
-            variance = 1.0 / (1.0 / s.delta_var[j] + items.delta_info[it, j])
-            s.delta[j] = np.float32(s.delta[j] + variance * items.delta_sum[it, j])
-            s.delta_var[j] = np.float32(variance)
-    return c, c_var
+            variance = 1.0 / (1.0 / variance + info[j])
+            mean = float(np.float32(mean + variance * total[j]))
+            variance = float(np.float32(variance))
+        s.delta[j] = mean
+        s.delta_var[j] = variance
 
 
 @njit(cache=True, error_model="numpy")
-def _leak(theta, users, u, time_ms, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+def _leak(theta, user, time_ms, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """Fills d and P after the leak to the prior. A row that has learned nothing is at its prior already."""
-    width = s.d.shape[0]
-    full = s.P.shape[0] != width
+    d, P, row_d, row_P, prior = s.d, s.P, user.d, user.P, theta.prior_variance  # noqa: N806
     gamma = 0.0
-    if users.count[u] > 0:
-        hours = max(0, time_ms - users.last_ms[u]) / MS_PER_HOUR
+    if user.count > 0:
+        hours = max(0, time_ms - user.last_ms) / MS_PER_HOUR
         gamma = math.exp(-(theta.leak_a + theta.leak_b * math.log1p(hours)))
     square = gamma * gamma
-    for j in range(width):
-        s.d[j] = gamma * users.d[u, j]
-    for k in range(s.P.shape[0]):
-        s.P[k] = square * users.P[u, k]
-    for j in range(width):
-        diagonal = j * (j + 3) // 2 if full else j
-        s.P[diagonal] += (1.0 - square) * theta.prior_variance[j]
+    for j in range(d.shape[0]):
+        d[j] = gamma * row_d[j]
+    for k in range(P.shape[0]):
+        P[k] = square * row_P[k]
+    full = P.shape[0] != d.shape[0]
+    for j in range(d.shape[0]):
+        P[j * (j + 3) // 2 if full else j] += (1.0 - square) * prior[j]
 
 
 @njit(cache=True, error_model="numpy")
 def _times_P(s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled  # noqa: N802
     """g = P x̃; returns v = x̃ᵀP x̃."""
-    width = s.d.shape[0]
-    if s.P.shape[0] == width:
+    x, g, P = s.x, s.g, s.P  # noqa: N806
+    width = x.shape[0]
+    if P.shape[0] == width:
         for j in range(width):
-            s.g[j] = s.P[j] * s.x[j]
+            g[j] = P[j] * x[j]
     else:
         for j in range(width):
-            s.g[j] = 0.0
-            start = j * (j + 1) // 2
+            start, total = j * (j + 1) // 2, 0.0
             for k in range(j):
-                s.g[j] += s.P[start + k] * s.x[k]
-                s.g[k] += s.P[start + k] * s.x[j]
-            s.g[j] += s.P[start + j] * s.x[j]
+                total += P[start + k] * x[k]
+                g[k] += P[start + k] * x[j]
+            g[j] = total + P[start + j] * x[j]
     v = 0.0
     for j in range(width):
-        v += s.g[j] * s.x[j]
+        v += g[j] * x[j]
     return max(v, 0.0)
 
 
 @njit(cache=True, error_model="numpy")
-def _frozen(theta, events, i, c, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+def _frozen(theta, item_events, c, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """The score of the same model without adaptation: d = 0, P = P₀, no offsets, the item's first variances."""
-    size = s.x.shape[0] - 1
-    seen = theta.item_events[events.known[i]] / theta.noise
+    x0, w0, prior = s.x0, s.w0, theta.prior_variance
+    size = x0.shape[0] - 1
+    seen = item_events / theta.noise
     z = theta.bias + c
-    variance = 1.0 / (1.0 / theta.item_bias_variance + seen)
-    offset_var = 1.0 / (1.0 / theta.item_offset_variance + seen)
+    variance = 1.0 / (1.0 / theta.bias_variance + seen)
+    offset_var = 1.0 / (1.0 / theta.offset_variance + seen)
     for j in range(size + 1):
-        z += s.w0[j] * s.x0[j]
-        variance += theta.prior_variance[j] * s.x0[j] * s.x0[j]
+        z += w0[j] * x0[j]
+        variance += prior[j] * x0[j] * x0[j]
         if j < size:
-            variance += s.w0[j] * s.w0[j] * offset_var
+            variance += w0[j] * w0[j] * offset_var
     return read_out(theta, z, variance)
 
 
 @njit(cache=True, error_model="numpy")
 def _learn_user(e, total, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """d += g e/T, P −= g gᵀ/T in the scratch; returns the new x̃ᵀP x̃ and whether a row can hold them."""
-    width = s.d.shape[0]
+    """d += g e/T, P −= g gᵀ/T in the work space; returns the new x̃ᵀP x̃ and whether a row can hold them."""
+    d, g, x, P = s.d, s.g, s.x, s.P  # noqa: N806
+    width = d.shape[0]
     fits, v = True, 0.0
     for j in range(width):
-        s.d[j] += s.g[j] * e / total
-        fits = fits and abs(s.d[j]) < LARGEST  # NaN compares false
-    if s.P.shape[0] == width:
+        d[j] += g[j] * e / total
+        fits = fits and abs(d[j]) < LARGEST  # NaN compares false
+    if P.shape[0] == width:
         for j in range(width):
-            s.P[j] -= s.g[j] * s.g[j] / total
-            v += s.P[j] * s.x[j] * s.x[j]
-            fits = fits and abs(s.P[j]) < LARGEST
+            P[j] -= g[j] * g[j] / total
+            v += P[j] * x[j] * x[j]
+            fits = fits and abs(P[j]) < LARGEST
     else:
         for j in range(width):
             start = j * (j + 1) // 2
             for k in range(j + 1):
-                s.P[start + k] -= s.g[j] * s.g[k] / total
-                fits = fits and abs(s.P[start + k]) < LARGEST
-                v += s.P[start + k] * s.x[j] * s.x[k] * (1.0 if j == k else 2.0)
+                P[start + k] -= g[j] * g[k] / total
+                fits = fits and abs(P[start + k]) < LARGEST
+                v += P[start + k] * x[j] * x[k] * (1.0 if j == k else 2.0)
     return max(v, 0.0), fits
 
 
 @njit(cache=True, error_model="numpy")
 def _item_fits(r, e, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """Whether the pending sums can hold 1/R, e/R, w²/R and w e/R."""
-    reach = 1.0
-    for j in range(s.w.shape[0]):
-        reach = max(reach, abs(s.w[j]))
+    w, reach = s.w, 1.0
+    for j in range(w.shape[0]):
+        reach = max(reach, abs(w[j]))
     return abs(e) < LARGEST and reach * max(reach, abs(e)) / r < LARGEST
 
 
 @njit(cache=True, error_model="numpy")
-def _write_user(users, u, events, i, z, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+def _write_user(user, event, item_hash, z, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """The learned row, its counters and its ring of recent events."""
-    for j in range(s.d.shape[0]):
-        users.d[u, j] = s.d[j]
-    for k in range(s.P.shape[0]):
-        users.P[u, k] = s.P[k]
-    at = users.count[u] % users.ring_item.shape[1]
-    users.ring_time_s[u, at] = events.time_ms[i] // 1000
-    users.ring_level[u, at] = events.level[i]
-    users.ring_logit[u, at] = z
-    users.last_ms[u] = max(users.last_ms[u], events.time_ms[i])
-    users.count[u] += 1
-    return at
+    d, P, row_d, row_P = s.d, s.P, user.d, user.P  # noqa: N806
+    for j in range(d.shape[0]):
+        row_d[j] = d[j]
+    for k in range(P.shape[0]):
+        row_P[k] = P[k]
+    at = user.count % user.ring_item.shape[0]
+    user.ring_item[at] = item_hash
+    user.ring_time_s[at] = event.time_ms // 1000
+    user.ring_level[at] = event.level
+    user.ring_logit[at] = z
+    user.last_ms = max(user.last_ms, event.time_ms)
+    user.count += 1
 
 
 @njit(cache=True, error_model="numpy")
-def _write_item(items, it, window, c, c_var, r, e, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+def _write_item(item, window, r, e, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """Applies what was due, then adds this event to the sums of its window."""
-    if items.window[it] != window:
-        items.c[it] = c
-        items.c_var[it] = c_var
-        items.c_info[it] = 0.0
-        items.c_sum[it] = 0.0
-        for j in range(s.delta.shape[0]):
-            items.delta[it, j] = s.delta[j]
-            items.delta_var[it, j] = s.delta_var[j]
-            items.delta_info[it, j] = 0.0
-            items.delta_sum[it, j] = 0.0
-        items.window[it] = window
-        items.pending_count[it] = 0
-    items.c_info[it] += 1.0 / r
-    items.c_sum[it] += e / r
-    for j in range(s.delta.shape[0]):
-        items.delta_info[it, j] += s.w[j] * s.w[j] / r
-        items.delta_sum[it, j] += s.w[j] * e / r
-    items.pending_count[it] += 1
-    items.count[it] += 1
-
-
-@njit(cache=True, error_model="numpy")
-def step(theta, users, items, events, out, i, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """Scores event i, then learns from it if it carries a level."""
-    u, it, size = events.user[i], events.item[i], s.x.shape[0] - 1
-    c0 = _encode(theta, events, i, s)
-    dc, c_var = _read_item(items, it, events.window[i], s)
-    _leak(theta, users, u, events.time_ms[i], s)
-
-    z, v_item = theta.bias + c0 + dc, c_var
-    for j in range(size + 1):
-        s.w[j] = s.w0[j] + s.d[j]
-        s.x[j] = s.x0[j] + (s.delta[j] if j < size else 0.0)
-        z += s.w[j] * s.x[j]
-        if j < size:
-            v_item += s.w[j] * s.w[j] * s.delta_var[j]
-    v = _times_P(s)
-
-    out.score[i] = read_out(theta, z, v + v_item)
-    out.updated[i] = out.score[i]
-    out.frozen[i] = _frozen(theta, events, i, c0, s)
-    out.uncertainty[i] = math.sqrt(v + v_item)
-    out.flags[i] = 0
-    if users.count[u] > 0 and events.time_ms[i] < users.last_ms[u]:
-        out.flags[i] |= _LATE
-    if events.level[i] < 0:
-        out.flags[i] |= _SCORE_ONLY
-    else:
-        e, r = theta.level_scores[events.level[i]] - z, v + theta.noise
-        v_new, fits = _learn_user(e, r + v_item, s)
-        if fits and _item_fits(r, e, s):
-            z_new = z
-            for j in range(size + 1):
-                z_new += (s.w0[j] + s.d[j] - s.w[j]) * s.x[j]
-            out.updated[i] = read_out(theta, z_new, v_new + v_item)
-            at = _write_user(users, u, events, i, z, s)
-            users.ring_item[u, at] = items.hash[it]
-            _write_item(items, it, events.window[i], dc, c_var, r, e, s)
-        else:
-            out.flags[i] |= _NAN_UNDONE
-    out.adaptations[i] = users.count[u]
-
-
-@njit(cache=True, error_model="numpy", nogil=True)
-def adapt(theta, users, items, events, out, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """`step` for every event of the batch, in order."""
-    for i in range(events.user.shape[0]):
-        step(theta, users, items, events, out, i, s)
+    delta, delta_var, info, total, w = item.delta, item.delta_var, item.delta_info, item.delta_sum, s.w
+    if item.window != window:
+        item.c, item.c_var = s.c, s.c_var
+        item.c_info = 0.0
+        item.c_sum = 0.0
+        for j in range(delta.shape[0]):
+            delta[j] = s.delta[j]
+            delta_var[j] = s.delta_var[j]
+            info[j] = 0.0
+            total[j] = 0.0
+        item.window = window
+        item.pending_count = 0
+    item.c_info += 1.0 / r
+    item.c_sum += e / r
+    for j in range(delta.shape[0]):
+        info[j] += w[j] * w[j] / r
+        total[j] += w[j] * e / r
+    item.pending_count += 1
+    item.count += 1
