@@ -58,6 +58,12 @@ class Adapter:
         self._adapt_rows(self.users.rows, self.items.rows, events, scores)
         return Adapted(*scores)
 
+    def warm_up(self) -> None:
+        """Compiles the rule, or loads it compiled: seconds that no event should wait for."""
+        nothing = np.zeros(0, dtype=np.int64)
+        self.adapt(Batch([], [], [], [], nothing, nothing.astype(np.int8), nothing.astype(np.int32), nothing))
+        self.commit()
+
     def commit(self) -> None:
         """The rows as they are now are the committed state."""
         self.overlay.forget()
@@ -67,7 +73,8 @@ class Adapter:
         self.overlay.restore()
 
     def drop(self, partitions: Collection[int]) -> None:
-        """Forgets the rows of partitions that now belong to another member."""
+        """Forgets the rows of partitions that now belong to another member; nothing may be uncommitted."""
+        assert self.overlay.is_empty, "rows were dropped in the middle of a batch"
         for partition in partitions:
             self.users.drop(partition)
             self.items.drop(partition)

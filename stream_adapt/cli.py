@@ -133,6 +133,66 @@ def broker(data_dir: Path | None, port: int | None, kafka_home: Path | None, as_
     serve(data_dir, port, kafka_home=kafka_home, as_json=as_json)
 
 
+def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option(
+        "--mapping",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="Mapping file, when SOURCE is a CSV or JSONL log of your own.",
+    )(command)
+    return click.argument("source", default="movielens-100k", metavar="[SOURCE]")(command)
+
+
+@cli.command()
+@_source_options
+@click.option(
+    "--out",
+    "registry",
+    default=Path("models"),
+    show_default=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Registry: the folder that gets a new version.",
+)
+@click.option("--share", default=1.0, show_default=True, help="Learn from this share of the events, the first ones.")
+@click.option(
+    "--covariance",
+    default="diagonal",
+    show_default=True,
+    type=click.Choice(["diagonal", "full"]),
+    help="How it is served unless the configuration says otherwise; trained alike.",
+)
+@click.option(
+    "--dimension", default=16, show_default=True, type=click.IntRange(1, 256), help="Length of a taste vector."
+)
+@click.option("--epochs", type=click.IntRange(min=1), help="Passes over the events; a tested number if not given.")
+@click.option("--seed", default=0, show_default=True, help="Equal seeds give equal weights on the CPU.")
+@click.option(
+    "--device",
+    default="auto",
+    show_default=True,
+    type=click.Choice(["auto", "cpu", "cuda"]),
+    help="auto: the GPU if there is one.",
+)
+@_json_option
+def pretrain(as_json: bool, **request: Any) -> None:
+    """Learn the slow weights from a data set and write a model.
+
+    SOURCE is movielens-100k, movielens-1m, synthetic, or the path of a CSV or JSONL log with its --mapping. What is
+    learned: representations of items, users' priors, and the rates of the Kalman rule that adapts to each user.
+    """
+    from rich.console import Console
+
+    from stream_adapt.pretraining import Request, pretrain_source
+
+    result = pretrain_source(Request(**request), Console(stderr=True))
+    _print(result, as_json)
+    if not as_json:
+        click.echo(
+            f"model {result.version} in {result.folder}, from {result.events:,} events in {result.seconds:.0f} s"
+        )
+        for name, value in result.figures.items():
+            click.echo(f"  {name:<20} {value:.4f}")
+
+
 @cli.group()
 def bench() -> None:
     """What things cost on this machine, each against a baseline in the same run."""
@@ -168,15 +228,6 @@ def bench_e2e(as_json: bool, **parameters: Any) -> None:
     if not as_json:
         for name, value in msgspec.structs.asdict(result).items():
             click.echo(f"{name:<20} {value}")
-
-
-def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.option(
-        "--mapping",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="Mapping file, when SOURCE is a CSV or JSONL log of your own.",
-    )(command)
-    return click.argument("source", default="movielens-100k")(command)
 
 
 def _print(value: Any, as_json: bool) -> None:

@@ -124,7 +124,11 @@ class MetricsSection(_Section):
     enabled: bool = Field(True, description="Whether to serve them.")
     host: str = Field("127.0.0.1", description="Loopback unless told otherwise.")
     port: int = Field(9464, ge=0, le=65_535, description="0: any free port, see the log.")
-    stalled_after_s: Positive = Field(30, description="No turn of the loop for so long: not alive.")
+    stalled_after_s: Positive = Field(
+        120,
+        description="No turn of the loop for so long: not alive; behind and nothing committed for so long: not ready. "
+        "Longer than what a turn may wait for: producers and rebalances up to a minute each.",
+    )
 
 
 class LogSection(_Section):

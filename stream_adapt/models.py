@@ -217,6 +217,13 @@ def _check(weights: SlowWeights, spec: LearnerSpec, fitted: tuple[FittedFeature,
             raise ModelError(f"{where}: {name} has shape {array.shape}, the spec asks for {shape}")
         if not np.all(np.isfinite(array)):
             raise ModelError(f"{where}: {name} holds numbers that are not finite")
+    for name in ("noise", "prior_variance", "item_variance"):
+        if np.any(getattr(weights, name) <= 0):
+            raise ModelError(f"{where}: {name}={getattr(weights, name).tolist()} must be above 0: it is a variance")
+    if weights.readout[1] < 0:
+        raise ModelError(f"{where}: readout κ={weights.readout[1]} must not be negative")
+    if min(spec.dimension, spec.window, spec.ring) < 1:
+        raise ModelError(f"{where}: dimension, window and ring must be at least 1: {spec}")
     rows = {"user": len(weights.user_vector), "x": len(weights.feature_vector)}
     for one in fitted:
         table = "user" if one.feature.of == "user" else "x"

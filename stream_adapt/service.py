@@ -108,6 +108,7 @@ def serve(config: Config, shutdown: Shutdown, observe: Callable[[Pipeline], Obse
     """
     topics = config.topic_names
     pipeline = build_pipeline(config, served_model(config), topics)
+    pipeline.adapter.warm_up()
     topic_id = check_topics(config, topics)
     observer = observe(pipeline)
     pipeline.timer = observer.stage
@@ -164,7 +165,7 @@ def build_pipeline(config: Config, model: Model, topics: TopicNames) -> Pipeline
     limits = Limits(config.input.max_bytes, config.input.max_future_s, config.input.check_key)
     return Pipeline(
         Decoder(model.spec.features, model.spec.feedback, limits),
-        Adapter(model),
+        Adapter(model, config.model.device),
         Emitter(topics, model.version, model.spec.feedback.target_level),
     )
 

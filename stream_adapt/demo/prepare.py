@@ -18,7 +18,6 @@ from pathlib import Path
 import msgspec
 import xxhash
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from stream_adapt import __version__, meta
 from stream_adapt.datasets import Source, open_source
@@ -26,6 +25,7 @@ from stream_adapt.datasets.source import cache_folder
 from stream_adapt.demo.wire import Encoded
 from stream_adapt.errors import DataError, ModelError
 from stream_adapt.models import MODEL_FORMAT, LearnerSpec, read_model, write_model
+from stream_adapt.pretraining import progress_bar
 from stream_adapt.record import UserEvent
 
 #: Fewer events than this cannot be cut into halves that say anything.
@@ -158,13 +158,7 @@ def _train(data: Data, registry: Path, console: Console) -> Path:
     os.environ.setdefault("TORCHINDUCTOR_CACHE_DIR", str(cache_folder() / "torch"))
     from stream_adapt.meta.trainer import TrainSettings, pretrain
 
-    columns = (TextColumn("  pretraining"), BarColumn(), TaskProgressColumn(), TextColumn("{task.fields[loss]}"))
-    with Progress(*columns, TimeRemainingColumn(), console=console, transient=True) as bar:
-        task = bar.add_task("pretraining", total=None, loss="")
-
-        def told(_epoch: int, done: int, steps: int, loss: float) -> None:
-            bar.update(task, completed=done, total=steps, loss=f"loss {loss:.3f}")
-
+    with progress_bar(console) as told:
         settings = msgspec.convert(_SETTINGS, TrainSettings)
         trained = pretrain(data.first(), data.spec, settings, progress=told)
     about = {"source": data.source.name, "events": data.half}

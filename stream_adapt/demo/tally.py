@@ -1,7 +1,7 @@
 """Every figure of the demo, from the records that its reader was handed, and from nothing else.
 
-The window slides over scores in the order in which they were read. That differs a little from the order of time, since
-partitions are read side by side; figures and curves at the end are in the order of time.
+The window slides over scores in the order in which they were read: with a pace nearly the order of time, without one a
+stretch of this partition and then of that. Figures and curves at the end are in the order of time.
 """
 
 from __future__ import annotations

@@ -72,6 +72,7 @@ class InputConsumer:
         self.positions = Positions()
         self.rebalances = 0
         self._start = start
+        self._ends: dict[int, int] = {}
         self._listener = listener
         self._consumer = Consumer(dict(properties), logger=_librdkafka_logger())
         self._consumer.subscribe([topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
@@ -123,6 +124,7 @@ class InputConsumer:
 
     def rewind(self) -> None:
         """Back to the committed offsets of every owned partition, after an abort."""
+        self._ends.clear()
         for partition, offset in self.positions.next_offsets.items():
             self._consumer.seek(TopicPartition(self.topic, partition, offset))
 
@@ -144,9 +146,16 @@ class InputConsumer:
                 raise KafkaException(tp.error)
 
     def lag(self) -> dict[int, int]:
-        """Records between each owned partition's next offset and its end, as far as fetching has seen."""
+        """Records between each owned partition's next offset and its end, as far as fetching has seen.
+
+        The end of the log lies beyond the last record when that is followed by transaction markers or by records that
+        were aborted or are not committed yet; there the consumer itself says that it has seen the end.
+        """
         lags = {}
         for partition, position in self.positions.next_offsets.items():
+            if self._ends.get(partition, -1) >= position:
+                lags[partition] = 0
+                continue
             _, high = self._consumer.get_watermark_offsets(TopicPartition(self.topic, partition), cached=True)
             if high >= 0:
                 lags[partition] = max(high - position, 0)
@@ -211,10 +220,14 @@ class InputConsumer:
         numbers = [tp.partition for tp in partitions]
         for partition in numbers:
             self.positions.next_offsets.pop(partition, None)
+            self._ends.pop(partition, None)
             self.positions.uncommitted_start.discard(partition)
         self._listener.revoked(numbers)
 
     def _report(self, error: KafkaError, message: Message) -> None:
+        if error.code() == KafkaError._PARTITION_EOF:
+            self._ends[cast(int, message.partition())] = cast(int, message.offset())
+            return
         self._refuse(error)
         log.warning("consumer error", topic=message.topic(), partition=message.partition(), error=describe(error))
 

@@ -251,8 +251,9 @@ class EncodingCache:
         keys = self._reader.keys(features)
         found = [*map(self._index.get, keys)]
         if None in found:
-            for key in keys:
-                self._add(key)
+            for key, slot in zip(keys, found, strict=True):
+                if slot is None:
+                    self._add(key)
             found = [*map(self._index.get, keys)]
         return np.array(found, dtype=np.int32)
 

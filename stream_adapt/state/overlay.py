@@ -17,6 +17,11 @@ class Overlay:
         self._tables = tables
         self._kept: list[tuple[Table, Slots, npt.NDArray[Any]]] = []
 
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was touched since the last commit or abort."""
+        return not self._kept
+
     def keep(self, table: Table, slots: Slots) -> None:
         """Copies the rows at `slots` `[n]`, in any order and with repeats, as they are now."""
         touched = np.unique(slots)

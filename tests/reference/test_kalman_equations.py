@@ -205,7 +205,7 @@ def test_service_computes_the_equations(covariance: Covariance, features: bool, 
 
 @given(
     covariance=st.sampled_from(get_args(Covariance)),
-    size=st.integers(1, 9),
+    size=st.sampled_from([1, 6]),  # each is compiled once
     window=st.integers(1, 40),
     n=st.integers(1, 120),
     users=st.integers(1, 5),
