@@ -109,6 +109,7 @@ class OutputProducer:
     ) -> None:
         self.careful = False
         self.suspect = False
+        self._closed = False
         self._transactional_id = transactional_id
         self._slow_s = socket_timeout_s * _SLOW_SHARE
         self._deadline_s = deadline_s
@@ -216,8 +217,14 @@ class OutputProducer:
 
     def close(self) -> None:
         """Lets go of the client. A transaction left open is ended by the next producer of the same id."""
-        self._producer.purge()
-        self._producer.flush(0)
+        self._closed = True
+        try:
+            self._producer.purge()
+            self._producer.flush(0)
+        except (KafkaException, SystemError) as raised:
+            if kafka_error(raised) is None:
+                raise
+            # A producer that failed for good says so to the end; there is nothing left to lose.
 
     def _call(self, name: str, call: Callable[..., Any], *, blocks: bool = True) -> Any:
         deadline = time.monotonic() + self._deadline_s
@@ -244,9 +251,11 @@ class OutputProducer:
         raise Lost(message) from raised
 
     def _failed(self, error: KafkaError | None, message: Message, source: Source | None = None) -> None:
-        if error is not None:
-            self._failures.append((error, source))
+        if error is None or self._closed:
+            return
+        if not self._failures:  # the others of a transaction follow from the first
             log.warning("delivery failed", topic=message.topic(), source=source, error=describe(error))
+        self._failures.append((error, source))
 
     def _not_taken(self, error: KafkaException, source: Source) -> None:
         found = kafka_error(error)

@@ -27,15 +27,15 @@ from stream_adapt.record import UserEvent
 class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How to train. The defaults were chosen on the first halves of MovieLens-100K and MovieLens-1M."""
 
-    epochs: int = 6
-    rate: float = 0.007  # AdamW's, after warm-up; a cosine brings it to 0
+    epochs: int = 7
+    rate: float = 0.0  # AdamW's, after warm-up; a cosine brings it to 0. 0: by the size of the log, RATES
     warm_up: float = 0.15  # share of all steps
     betas: tuple[float, float] = (0.9, 0.99)
     clip: float = 1.0  # norm of the gradient
     item_decay: float = 2.0  # decoupled, times the rate, on the vectors of item ids
     item_bias_decay: float = 0.4  # the same, on their biases
     id_dropout: float = 0.2  # share of events that see an item without its id, so that unseen items lean on content
-    longest: int = 256  # events in a training window
+    longest: int = 512  # events in a training window: shorter ones forget the user too often
     batch_events: int = 0  # in one step, padding included; 0: about STEPS steps an epoch
     max_items: int = 200_000  # known by id: the most frequent
     cooccurrence: int = 64  # K, at most one for ITEMS_PER_COOCCURRENCE items
@@ -49,6 +49,8 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 #: Steps of an epoch, unless the batches would get smaller or larger than the bounds: too few steps leave small logs
 #: unlearned (AUC −0.025 on MovieLens-100K with 6 instead of 50), too many let decay wear large ones away.
 STEPS, SMALLEST_BATCH, LARGEST_BATCH = 50, 512, 8_192
+#: Rate for logs up to SMALL_LOG events, and beyond: small logs are overfitted at the higher one.
+RATES, SMALL_LOG = (0.006, 0.01), 100_000
 #: With more co-occurrence features than that the small log is overfitted: AUC −0.004 on MovieLens-100K with 64.
 ITEMS_PER_COOCCURRENCE = 40
 
@@ -244,7 +246,7 @@ def _train(
     batches = _batches(sequences.windows(columns.users, settings.longest), settings.batch_events or _usual(len(log)))
     columns = columns.to(device)
     steps, step = settings.epochs * len(batches), 0
-    optimiser, schedule = _optimiser(parameters, settings, steps)
+    optimiser, schedule = _optimiser(parameters, settings, settings.rate or RATES[len(log) > SMALL_LOG], steps)
     for epoch in range(settings.epochs):
         for chosen in torch.randperm(len(batches), generator=generator).tolist():
             loss = _loss(parameters, columns, batches[chosen], settings.id_dropout, generator)
@@ -279,11 +281,11 @@ def _batches(windows: list[Tensor], events: int) -> list[list[Tensor]]:
 
 
 def _optimiser(
-    parameters: Parameters, settings: TrainSettings, steps: int
+    parameters: Parameters, settings: TrainSettings, rate: float, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     decays = {"id_vector": settings.item_decay, "id_bias": settings.item_bias_decay}
     groups = [{"params": [p], "weight_decay": decays.get(name, 0.0)} for name, p in parameters.named_parameters()]
-    optimiser = torch.optim.AdamW(groups, lr=settings.rate, betas=settings.betas)
+    optimiser = torch.optim.AdamW(groups, lr=rate, betas=settings.betas)
     warm = max(1, round(settings.warm_up * steps))
 
     def share(step: int) -> float:

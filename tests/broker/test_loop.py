@@ -3,14 +3,32 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 import signal
+import subprocess
 import threading
 import time
+import urllib.error
+import urllib.request
+import uuid
 from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
-from broker_app import App, event
+from broker_app import ITEMS, STARS, App, event
+from confluent_kafka import Producer
+
+from stream_adapt.kafka.embedded import EmbeddedKafka
+from stream_adapt.kafka.topics import create_topics, product_topics
+from stream_adapt.models import LearnerSpec
+from stream_adapt.testing.broker import RunningBroker
+from stream_adapt.testing.model import random_model
+
+SCHEMAS = Path(__file__).parents[2] / "schemas"
 
 pytestmark = pytest.mark.broker
 
@@ -103,3 +121,134 @@ def test_members_join_and_leave_in_the_middle(app: App) -> None:
     feeding.join()
     assert _ids(app.wait_for_outputs(total)) == _once(range(total))
     assert app.stop(second) == 0, app.log()
+
+
+def test_aborted_upstream_transactions_are_not_scored_and_open_ones_are_waited_for(app: App) -> None:
+    upstream = Producer({"bootstrap.servers": app.broker.bootstrap_servers, "transactional.id": f"{app.name}.upstream"})
+    upstream.init_transactions(30)
+    member = app.start()
+    numbers = iter(range(1000))
+    for committed in (True, False, True):
+        upstream.begin_transaction()
+        for n in (next(numbers) for _ in range(10)):
+            one = event(n, "ann")
+            upstream.produce(f"{app.name}.events", json.dumps(one), "ann")
+        upstream.flush(10)
+        (upstream.commit_transaction if committed else upstream.abort_transaction)(30)
+    assert _ids(app.wait_for_outputs(20)) == _once(range(10)) + _once(range(20, 30))
+    assert app.stop(member) == 0, app.log()
+
+
+@pytest.mark.parametrize("delivery", ["exactly_once", "at_least_once"])
+def test_an_output_that_the_broker_refuses_for_good_becomes_a_dead_letter(
+    make_app: Callable[..., App], delivery: str
+) -> None:
+    """The score carries ids of 900 characters and does not fit; the other events fit, and none is lost."""
+    app = make_app(**{"max.message.bytes": "2000"})
+    big = event(1, "u" * 900, item_id="i" * 900)
+    app.produce([event(0, "ann"), big, event(2, "ann")])
+    member = app.start("--stop-after", "3", delivery=delivery)
+    assert member.wait(90) == 0, app.log()
+    ids = _ids(app.scores())
+    assert set(ids) == {"e0", "e2"}
+    assert set(ids.values()) == {1} or delivery == "at_least_once"  # the batch was done again
+    letter = app.dead_letters()[-1]
+    headers = {name: value.decode() for name, value in letter.headers() or []}
+    assert headers["stream-adapt.reason"] == "not_delivered"
+    assert headers["stream-adapt.truncated"] == "true"
+    assert letter.value() is None
+
+
+def test_two_instances_with_one_transactional_id_one_survives(app: App) -> None:
+    """The second takes the id from the first, which takes it back once at most; then one of them steps back."""
+    first = app.start(config=app.config("same"))
+    app.produce(event(n) for n in range(100))
+    app.wait_for_outputs(100)
+    second = app.start(config=app.config("same"))
+    stopped = None
+    for start in range(100, 60_000, 100):
+        app.produce(event(n) for n in range(start, start + 100))
+        stopped = next((m for m in (first, second) if m.poll() is not None), None)
+        if stopped is not None:
+            break
+        time.sleep(0.1)
+    assert stopped is not None, app.log()[-3000:]
+    assert stopped.wait() == 4, app.log()
+    assert "app.instance" in app.log()
+    assert _ids(app.wait_for_outputs(start + 100)) == _once(range(start + 100))
+
+
+def test_metrics_health_and_readiness_are_served(app: App) -> None:
+    app.produce([*(event(n) for n in range(200))])
+    app.produce_raw([(b"u", b"nope")] * 5)
+    member = app.start()
+    app.wait_for_outputs(205)
+    port = re.search(r"port=\S*?(\d{4,5})", re.sub(r"\x1b\[[0-9;]*m", "", app.log()))
+    assert port is not None, app.log()
+    address = f"http://127.0.0.1:{port.group(1)}"
+    deadline = time.monotonic() + 20
+    while (ready := json.loads(_get(f"{address}/readyz")))["state"] != "idle":
+        assert time.monotonic() < deadline, ready
+    text = _get(f"{address}/metrics")
+    values = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line[0] != "#"}
+    assert _get(f"{address}/healthz").strip() == "alive"
+    assert sum(p["next_offset"] for p in ready["partitions"]) == 205
+    assert values["stream_adapt_events_total"] == 205
+    assert values["stream_adapt_scores_total"] == 200
+    assert values['stream_adapt_dead_letters_total{reason="not_json"}'] == 5
+    assert values['stream_adapt_log_loss_count{which="adapted"}'] == 200
+    assert app.stop(member) == 0
+
+
+def test_kcat_reads_valid_scores(app: App) -> None:
+    """A consumer that nobody here wrote, and the published schema."""
+    kcat = shutil.which("kcat")
+    if kcat is None:
+        pytest.skip("kcat is not installed: apt-get install kcat")
+    app.produce(event(n) for n in range(300))
+    assert app.start("--stop-after", "300").wait(60) == 0, app.log()
+    command = [kcat, "-C", "-b", app.broker.bootstrap_servers, "-t", app.scores_topic, "-o", "beginning", "-e", "-q",
+               "-X", "isolation.level=read_committed"]  # fmt: skip
+    lines = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout.splitlines()
+    schema = json.loads((SCHEMAS / "score-v1.json").read_text())
+    scores = [json.loads(line) for line in lines]
+    for score in scores:
+        jsonschema.validate(score, schema)
+    assert _ids(scores) == _once(range(300))
+
+
+def test_an_unknown_topic_is_refused_with_what_to_do(app: App) -> None:
+    member = app.start(topics={"events": "no-such-topic"})
+    assert member.wait(60) == 3
+    assert "topics create" in app.log()
+
+
+def test_a_restarted_broker_is_survived(tmp_path: Path) -> None:
+    """A broker of its own, with its data on disk: stopped in the middle of the stream, and started again."""
+    with EmbeddedKafka(data_dir=tmp_path / "kafka") as kafka:
+        broker = RunningBroker(kafka.bootstrap_servers, "embedded")
+        app = App(f"app-{uuid.uuid4().hex[:8]}", broker, tmp_path, 2)
+        random_model(app.folder / "models", LearnerSpec(feedback=STARS), ITEMS)
+        create_topics({"bootstrap.servers": broker.bootstrap_servers}, product_topics(app.name, 2, 1))
+        try:
+            member = app.start()
+            app.produce(event(n) for n in range(1_000))
+            app.wait_for_outputs(1_000)
+            kafka.restart()
+            app.produce(event(n) for n in range(1_000, 2_000))
+            assert _ids(app.wait_for_outputs(2_000)) == _once(range(2_000))
+            kafka.kill()
+            kafka.start()
+            app.produce(event(n) for n in range(2_000, 3_000))
+            assert _ids(app.wait_for_outputs(3_000)) == _once(range(3_000))
+            assert app.stop(member) == 0, app.log()
+        finally:
+            app.end()
+
+
+def _get(url: str) -> str:
+    try:
+        with urllib.request.urlopen(url, timeout=10) as answer:
+            return answer.read().decode()
+    except urllib.error.HTTPError as error:  # 503 has a body, too
+        return error.read().decode()
