@@ -243,6 +243,7 @@ def _carry(config: Config, consumer: InputConsumer, producer: OutputProducer, ev
         if not len(raw):
             continue
         started = started or polling
+        partitions, offsets = raw.partitions.tolist(), raw.offsets.tolist()
         decoded = [decode(value) for value in raw.values]
         values = [
             encode(
@@ -251,15 +252,15 @@ def _carry(config: Config, consumer: InputConsumer, producer: OutputProducer, ev
                     e.timestamp, e.timestamp, config.topic("events"), p, o,
                 )
             )
-            for e, p, o in zip(decoded, raw.partitions, raw.offsets, strict=True)
+            for e, p, o in zip(decoded, partitions, offsets, strict=True)
         ]  # fmt: skip
-        positions = {p: o + 1 for p, o in zip(raw.partitions, raw.offsets, strict=True)}
+        positions = raw.next_offsets
         if exactly_once:
             producer.begin()
-        producer.send(Outputs(config.topic("scores"), raw.keys, values, None, raw.partitions, raw.offsets))
+        producer.send(Outputs(config.topic("scores"), raw.keys, values, None, partitions, offsets))
         if exactly_once:
-            offsets = [TopicPartition(consumer.topic, p, o) for p, o in positions.items()]
-            producer.send_offsets(offsets, consumer.group_metadata())
+            ends = [TopicPartition(consumer.topic, p, o) for p, o in positions.items()]
+            producer.send_offsets(ends, consumer.group_metadata())
             producer.commit()
         else:
             producer.flush()

@@ -6,6 +6,7 @@ Heavy packages (torch, numba, matplotlib) are imported by the command that needs
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -144,6 +145,35 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @cli.command()
 @_source_options
+@click.option("--fast", is_flag=True, help="As fast as the loop goes, instead of a pace that a person can watch.")
+@click.option("--seconds", default=30.0, show_default=True, help="With a pace: all events in so many seconds.")
+@click.option("--partitions", default=4, show_default=True, type=click.IntRange(min=1), help="Of the input topic.")
+@click.option("--bootstrap-servers", help="A broker of yours; an embedded Apache Kafka if not given.")
+@click.option(
+    "--output",
+    default=Path("reports"),
+    show_default=True,
+    type=click.Path(file_okay=False, path_type=Path),
+    help="Folder for the plot.",
+)
+@click.option("--metrics-port", type=click.IntRange(0, 65535), help="Port of /metrics; a free one if not given.")
+@click.option("--retrain", is_flag=True, help="Pretrain again, even if the model is in the cache.")
+@_json_option
+def demo(as_json: bool, **options: Any) -> None:
+    """Everything at once, on data of real users: watch scores adapt through a real Apache Kafka.
+
+    Fetches SOURCE, pretrains on its first half, starts a broker and `stream-adapt run` as its own process, streams the
+    second half in the order of time, and shows how well adapted scores do against frozen ones. All that it shows is
+    read from the output topics by a consumer of its own; that every event has exactly one output is checked by id.
+    With --json it runs fast and prints one object. Leaves nothing behind but the plot and the caches.
+    """
+    from stream_adapt.demo import DemoOptions, run_demo
+
+    _print(run_demo(DemoOptions(as_json=as_json, **options)), as_json)
+
+
+@cli.command()
+@_source_options
 @click.option(
     "--out",
     "registry",
@@ -238,10 +268,15 @@ def _print(value: Any, as_json: bool) -> None:
 def main() -> None:
     """Entry point: errors that we raise on purpose become one clear message and their exit code."""
     try:
-        cli()
+        sys.exit(cli(standalone_mode=False))
     except StreamAdaptError as error:
         click.echo(f"stream-adapt: {error}", err=True)
         sys.exit(error.exit_code)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(error.exit_code)
+    except (click.Abort, KeyboardInterrupt):
+        sys.exit(128 + signal.SIGINT)
 
 
 if __name__ == "__main__":

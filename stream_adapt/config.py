@@ -7,6 +7,7 @@ from files (`{file: PATH}`, `{env: NAME}`), and are never printed.
 from __future__ import annotations
 
 import os
+import re
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,9 +40,15 @@ OWNED_PROPERTIES = {
     "statistics.interval.ms": "owned by the producer",
     "partition.assignment.strategy": "use kafka.group_protocol",
     "group.protocol": "use kafka.group_protocol",
+    "session.timeout.ms": "use kafka.session_timeout_ms",
+    "metadata.broker.list": "use kafka.bootstrap_servers",
+    "check.crcs": "always on",
+    "enable.partition.eof": "owned by the consumer",
 }
 #: Parts of a property's name that mark its value as a secret.
-_SECRET_PARTS = ("password", "secret", "ssl.key.pem", "oauthbearer.config", "token")
+_SECRET_PARTS = ("password", "passphrase", "secret", "key.pem", "oauthbearer.config")
+#: Keys below `kafka:` that hold librdkafka properties.
+_PASSED_THROUGH = ("properties", "consumer", "producer")
 
 
 class _Section(BaseModel):
@@ -82,6 +89,17 @@ class KafkaSection(_Section):
         for name in value:
             if name in OWNED_PROPERTIES:
                 raise ValueError(f"{name} is not yours to set here: {OWNED_PROPERTIES[name]}")
+        return value
+
+    @field_validator("properties", "consumer", "producer")
+    @classmethod
+    def _secrets_are_references(cls, value: dict[str, Any]) -> dict[str, Any]:
+        for name, item in value.items():
+            if isinstance(item, Mapping):
+                if set(item) not in ({"env"}, {"file"}) or not isinstance(next(iter(item.values())), str):
+                    raise ValueError(f"{name}: a number, a string, {{env: NAME}} or {{file: PATH}}")
+            elif _is_secret(name):
+                raise ValueError(f"{name} is a secret: give it as {{env: NAME}} or {{file: PATH}}")
         return value
 
 
@@ -209,7 +227,7 @@ def load(path: Path | None, environment: Mapping[str, str] = os.environ, **overr
         _put(tree, sources, key, value, str(path))
     for key, name in _environment_keys().items():
         if name in environment:
-            _put(tree, sources, key, yaml.safe_load(environment[name]), f"environment {name}")
+            _put(tree, sources, key, _from_environment(key, name, environment[name]), f"environment {name}")
     _refuse_unknown_environment(environment)
     for dotted, value in overrides.items():
         if value is not None:
@@ -223,7 +241,7 @@ def load(path: Path | None, environment: Mapping[str, str] = os.environ, **overr
 def effective(loaded: Loaded) -> Iterator[tuple[str, Any, str]]:
     """Every key with its value and source; secrets hidden."""
     for key, value in _flatten(loaded.config.model_dump(mode="json")):
-        yield key, _hidden(key, value), loaded.sources.get(key, "default")
+        yield key, _hidden(key, value), _source_of(key, loaded.sources, "default")
 
 
 def resolve_secrets(properties: Mapping[str, Any]) -> dict[str, Scalar]:
@@ -237,19 +255,17 @@ def resolve_secrets(properties: Mapping[str, Any]) -> dict[str, Scalar]:
 
 def _resolve(name: str, value: Any) -> Scalar:
     if not isinstance(value, Mapping):
-        if _is_secret(name):
-            raise ConfigError(f"kafka: {name} is a secret: give it as {{env: NAME}} or {{file: PATH}}, not in the file")
         return value  # type: ignore[no-any-return]
-    if set(value) == {"env"}:
+    if "env" in value:
         if value["env"] not in os.environ:
             raise ConfigError(f"kafka: {name} refers to the environment variable {value['env']}, which is not set")
         return os.environ[value["env"]]
-    if set(value) == {"file"}:
-        try:
-            return Path(value["file"]).read_text().strip()
-        except OSError as error:
-            raise ConfigError(f"kafka: {name} refers to {value['file']}: {error.strerror}") from error
-    raise ConfigError(f"kafka: {name}={value!r}: a number, a string, {{env: NAME}} or {{file: PATH}}")
+    try:
+        return Path(value["file"]).read_text(encoding="utf-8").strip()
+    except OSError as error:
+        raise ConfigError(f"kafka: {name} refers to {value['file']}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"kafka: {name} refers to {value['file']}, which is not UTF-8 text") from error
 
 
 def _is_secret(name: str) -> bool:
@@ -265,11 +281,20 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         tree = yaml.safe_load(path.read_text())
     except OSError as error:
         raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path}: not YAML: {error}") from error
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not YAML{_yaml_problem(error)}") from None
     if not isinstance(tree or {}, dict):
         raise ConfigError(f"{path}: expected sections such as `app:` and `kafka:`, found {type(tree).__name__}")
     return tree or {}
+
+
+def _yaml_problem(error: yaml.YAMLError | UnicodeDecodeError) -> str:
+    """Where and what is wrong; not the text around it, which may be a secret."""
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return ""
+    mark = error.problem_mark
+    quoted = re.compile("'[^']{2,}'")
+    return f", line {mark.line + 1}, column {mark.column + 1}: {quoted.sub('…', error.problem or '')}"
 
 
 def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -278,7 +303,7 @@ def _flatten(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, A
         key = f"{prefix}{name}"
         if isinstance(value, Mapping) and "." not in key and name in Config.model_fields:
             yield from _flatten(value, key + ".")
-        elif key in ("kafka.properties", "kafka.consumer", "kafka.producer") and isinstance(value, Mapping) and value:
+        elif key in [f"kafka.{p}" for p in _PASSED_THROUGH] and isinstance(value, Mapping) and value:
             for inner, item in value.items():
                 yield f"{key}.{inner}", item
         else:
@@ -291,8 +316,10 @@ def _put(tree: dict[str, Any], sources: dict[str, str], key: str, value: Any, so
     for part in parts[:-1]:
         inner = inner.setdefault(part, {})
         if not isinstance(inner, dict):
-            raise ConfigError(f"{part}={inner!r} from {sources.get(part, source)}: expected a section")
+            raise ConfigError(f"{part} ({sources.get(part, source)}): expected a section with keys of its own")
     inner[parts[-1]] = value
+    for inside in [name for name in sources if name.startswith(f"{key}.")]:
+        del sources[inside]
     sources[key] = source
 
 
@@ -306,6 +333,19 @@ def _environment_keys() -> dict[str, str]:
         else:
             keys[section] = f"{ENVIRONMENT_PREFIX}{section}".upper()
     return keys
+
+
+def _from_environment(key: str, name: str, text: str) -> Any:
+    """A variable's value: YAML, but for keys that are strings, where `7` and `on` are what they look like."""
+    section, _, field = key.partition(".")
+    model = Config.model_fields[section].annotation
+    if field and isinstance(model, type) and issubclass(model, BaseModel):
+        if model.model_fields[field].annotation in (str, str | None):
+            return text
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(f"environment {name}: not YAML{_yaml_problem(error)}") from None
 
 
 #: Variables with our prefix that are not configuration keys.
@@ -323,7 +363,20 @@ def _explain(error: ValidationError, sources: Mapping[str, str]) -> str:
     lines = []
     for problem in error.errors():
         key = ".".join(str(part) for part in problem["loc"])
-        source = sources.get(key, "the configuration")
-        value = "" if _is_secret(key) or problem["type"] == "missing" or not key else f"={problem['input']!r}"
-        lines.append(f"{key}{value} ({source}): {problem['msg'].removeprefix('Value error, ')}")
+        value = "" if problem["type"] == "missing" or not key else _shown(key, problem["input"])
+        where = _source_of(key, sources, "the configuration")
+        lines.append(f"{key}{value} ({where}): {problem['msg'].removeprefix('Value error, ')}")
     return "\n".join(lines)
+
+
+def _shown(key: str, value: Any) -> str:
+    """A wrong value, for a message; not one that is, or may hold, a secret."""
+    may_hold_secret = not isinstance(value, Scalar) or key in ("kafka", *(f"kafka.{p}" for p in _PASSED_THROUGH))
+    return "" if may_hold_secret or _is_secret(key) else f"={value!r}"
+
+
+def _source_of(key: str, sources: Mapping[str, str], otherwise: str) -> str:
+    """Where a key, the section that holds it, or what it holds, was set."""
+    outer = ".".join(key.split(".")[:2])
+    inner = [source for name, source in sources.items() if key and name.startswith(f"{key}.")]
+    return sources.get(key) or sources.get(outer) or ", ".join(dict.fromkeys(inner)) or otherwise

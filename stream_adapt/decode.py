@@ -84,7 +84,7 @@ class Decoder:
         latest = self._now_ms() + int(limits.max_future_s * 1000)
         for i, (key, value) in enumerate(zip(raw.keys, raw.values, strict=True)):
             try:
-                if undeliverable and (raw.partitions[i], raw.offsets[i]) in undeliverable:
+                if undeliverable and (int(raw.partitions[i]), int(raw.offsets[i])) in undeliverable:
                     raise _Refused("not_delivered", "the broker refused this record's score for good")
                 if len(value) > largest:  # type: ignore[arg-type]  # None raises TypeError: null_value
                     raise _Refused("too_large", f"{len(value or b'')} bytes, the limit is {largest}")
@@ -101,9 +101,7 @@ class Decoder:
         return self._columns(raw, events, kept), dead
 
     def _columns(self, raw: RawBatch, events: list[Any], kept: list[int]) -> Batch:
-        partitions, offsets = np.array(raw.partitions, np.int32), np.array(raw.offsets, np.int64)
-        if len(kept) != len(raw):
-            partitions, offsets = partitions[kept], offsets[kept]
+        whole = len(kept) == len(raw)
         return Batch(
             event_ids=[e.event_id for e in events],
             user_ids=[e.user_id for e in events],
@@ -111,8 +109,8 @@ class Decoder:
             features=[e.features for e in events],
             timestamps_ms=np.array([e.timestamp for e in events], dtype=np.int64),
             levels=self._feedback.level_of([e.label for e in events], [e.event_type for e in events]),
-            partitions=partitions,
-            offsets=offsets,
+            partitions=raw.partitions if whole else raw.partitions[kept],
+            offsets=raw.offsets if whole else raw.offsets[kept],
         )
 
 
@@ -153,7 +151,7 @@ def _dead_letter(raw: RawBatch, i: int, error: Exception, vectors: frozenset[str
         reason, detail = "null_value", "a tombstone is not an event"
     else:
         reason, detail = _reason(value, error, vectors), f"{error}"[:500]
-    return DeadLetter(raw.keys[i], value, raw.partitions[i], raw.offsets[i], reason, detail)
+    return DeadLetter(raw.keys[i], value, int(raw.partitions[i]), int(raw.offsets[i]), reason, detail)
 
 
 def _reason(value: bytes, error: Exception, vectors: frozenset[str]) -> str:

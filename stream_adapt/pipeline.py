@@ -47,7 +47,7 @@ class Pipeline:
         self.timer("decode", decoded - started)
         self.timer("adapt", learned - decoded)
         self.timer("emit", time.perf_counter() - learned)
-        return Work(outputs, dict(zip(raw.partitions, (o + 1 for o in raw.offsets), strict=True)), batch, adapted, dead)
+        return Work(outputs, raw.next_offsets, batch, adapted, dead)
 
 
 def _too_large_themselves(dead: list[DeadLetter], undeliverable: Mapping[Source, int]) -> set[Source]:

@@ -99,11 +99,22 @@ class RawBatch:
 
     keys: list[bytes | None]
     values: list[bytes | None]
-    partitions: list[int]
-    offsets: list[int]
+    partitions: Ints
+    offsets: Longs
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def take(self, indices: Longs) -> RawBatch:
+        """The records at these indices, in their order."""
+        at = indices.tolist()
+        keys, values = [self.keys[i] for i in at], [self.values[i] for i in at]
+        return RawBatch(keys, values, self.partitions[indices], self.offsets[indices])
+
+    @property
+    def next_offsets(self) -> dict[int, int]:
+        """By partition: the last offset of the batch + 1."""
+        return dict(zip(self.partitions.tolist(), (self.offsets + 1).tolist(), strict=True))
 
 
 @dataclass(frozen=True, slots=True)

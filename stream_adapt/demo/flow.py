@@ -264,7 +264,7 @@ def _flow(feed: Feed, reader: Reader, member: Member, tally: Tally, view: View) 
 
 def _next_commands(model: Path) -> list[tuple[str, str]]:
     return [
-        ("stream-adapt demo movielens-1m", "ten times the events"),
+        ("stream-adapt demo movielens-1m", "ten times the events; pretraining takes some minutes"),
         ("stream-adapt demo LOG.csv --mapping MAPPING.yaml", "your own log"),
         ("stream-adapt broker --port 9092", "an Apache Kafka of your own, to be left running; then, beside it:"),
         (

@@ -12,12 +12,13 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, cast
 
+import numpy as np
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from stream_adapt.errors import KafkaRefused
 from stream_adapt.kafka.errors import describe, kafka_error
-from stream_adapt.record import RawBatch
+from stream_adapt.record import Ints, Longs, RawBatch
 
 log = structlog.get_logger(__name__)
 
@@ -96,22 +97,18 @@ class InputConsumer:
         except KafkaException as error:
             self._refuse(kafka_error(error))
             raise
-        raw = RawBatch([], [], [], [])
-        expected = dict(self.positions.next_offsets)
-        for message in messages:
-            reported = message.error()
-            if reported is not None:
-                self._report(reported, message)
-                continue
-            partition, offset = cast(int, message.partition()), cast(int, message.offset())
-            if offset < expected.get(partition, offset + 1):
-                continue
-            expected[partition] = offset + 1
-            raw.keys.append(message.key())
-            raw.values.append(message.value())
-            raw.partitions.append(partition)
-            raw.offsets.append(offset)
-        return raw
+        records = [m for m in messages if m.error() is None]
+        if len(records) < len(messages):
+            for message in messages:
+                self._report(message)
+        raw = RawBatch(
+            [m.key() for m in records],
+            [m.value() for m in records],
+            np.array([m.partition() for m in records], dtype=np.int32),
+            np.array([m.offset() for m in records], dtype=np.int64),
+        )
+        due = due_records(raw.partitions, raw.offsets, self.positions.next_offsets)
+        return raw if due is None else raw.take(due)
 
     def group_metadata(self) -> bytes:
         """The member's identity in the group, to be sent with the offsets."""
@@ -224,7 +221,10 @@ class InputConsumer:
             self.positions.uncommitted_start.discard(partition)
         self._listener.revoked(numbers)
 
-    def _report(self, error: KafkaError, message: Message) -> None:
+    def _report(self, message: Message) -> None:
+        error = message.error()
+        if error is None:
+            return
         if error.code() == KafkaError._PARTITION_EOF:
             self._ends[cast(int, message.partition())] = cast(int, message.offset())
             return
@@ -234,6 +234,28 @@ class InputConsumer:
     def _refuse(self, error: KafkaError | None) -> None:
         if error is not None and error.code() in _REFUSED:
             raise KafkaRefused(f"{self.topic}: {describe(error)}. To do: {_REFUSED[error.code()]}")
+
+
+def due_records(partitions: Ints, offsets: Longs, next_offsets: Mapping[int, int]) -> Longs | None:
+    """Indices of the records that are due, in order; None if all n are, as almost always.
+
+    Due is a record of an owned partition that lies at or behind the partition's next offset, and behind every record
+    of the partition before it in the batch.
+    """
+    order = np.argsort(partitions, kind="stable")
+    sorted_partitions, sorted_offsets = partitions[order], offsets[order]
+    starts = np.flatnonzero(np.diff(sorted_partitions, prepend=-1))
+    expected = [next_offsets.get(p) for p in sorted_partitions[starts].tolist()]
+    rises = np.diff(sorted_offsets, prepend=-1) > 0
+    rises[starts] = [e is not None and o >= e for e, o in zip(expected, sorted_offsets[starts].tolist(), strict=True)]
+    if rises.all():
+        return None
+    due, following = [], dict(next_offsets)
+    for i, (partition, offset) in enumerate(zip(partitions.tolist(), offsets.tolist(), strict=True)):
+        if offset >= following.get(partition, offset + 1):
+            due.append(i)
+            following[partition] = offset + 1
+    return np.array(due, dtype=np.int64)
 
 
 def generation(metadata: bytes) -> int:

@@ -33,8 +33,13 @@ def _produce(app: App) -> None:
 
 def _score_ids(app: App) -> Iterator[str]:
     """Ids of committed scores as they come: until nothing came for a minute, or for 10 s after the last expected."""
-    settings = {"bootstrap.servers": app.broker.bootstrap_servers, "group.id": f"{app.name}.reader",
-                "isolation.level": "read_committed", "auto.offset.reset": "earliest", "enable.auto.commit": False}  # fmt: skip
+    settings = {
+        "bootstrap.servers": app.broker.bootstrap_servers,
+        "group.id": f"{app.name}.reader",
+        "isolation.level": "read_committed",
+        "auto.offset.reset": "earliest",
+        "enable.auto.commit": False,
+    }
     consumer = Consumer(settings)
     consumer.subscribe([app.scores_topic])
     count, last = 0, time.monotonic()

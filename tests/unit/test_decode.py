@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -88,7 +89,7 @@ def _decoder(**limits: Any) -> Decoder:
 
 def _raw(*values: bytes | None, key: bytes | None = b"u") -> RawBatch:
     n = len(values)
-    return RawBatch([key] * n, list(values), [3] * n, list(range(100, 100 + n)))
+    return RawBatch([key] * n, list(values), np.full(n, 3, np.int32), np.arange(100, 100 + n))
 
 
 @pytest.mark.parametrize(("value", "reason"), [case[1:] for case in BAD_VALUES], ids=[case[0] for case in BAD_VALUES])

@@ -1,0 +1,54 @@
+"""Which records of a batch are due: those of owned partitions, each once, in order."""
+
+from __future__ import annotations
+
+import numpy as np
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stream_adapt.kafka.consumer import due_records
+from stream_adapt.record import RawBatch
+
+
+def _due(records: list[tuple[int, int]], owned: dict[int, int]) -> list[int] | None:
+    partitions, offsets = (
+        np.array(column, dtype=np.int64) for column in (zip(*records, strict=True) if records else ((), ()))
+    )
+    due = due_records(partitions.astype(np.int32), offsets, owned)
+    return None if due is None else due.tolist()
+
+
+def test_a_calm_batch_is_due_whole() -> None:
+    assert _due([(0, 5), (1, 0), (0, 6), (1, 9)], {0: 5, 1: 0}) is None
+    assert _due([], {0: 5}) is None
+
+
+def test_records_of_partitions_that_were_taken_away_are_left_out() -> None:
+    assert [1] == _due([(0, 5), (1, 0), (2, 7)], {1: 0})
+
+
+def test_records_handed_out_again_after_a_rewind_are_due_once() -> None:
+    """The fetch before the rewind was at 7; then the consumer was sent back to 5."""
+    assert [2, 3, 4, 5] == _due([(0, 3), (0, 4), (0, 5), (0, 6), (0, 7), (0, 8), (0, 5), (0, 6)], {0: 5})
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 3), st.integers(0, 12)), max_size=30),
+    st.dictionaries(st.integers(0, 2), st.integers(0, 8)),
+)
+def test_what_is_due_rises_in_every_owned_partition(records: list[tuple[int, int]], owned: dict[int, int]) -> None:
+    due = _due(records, owned)
+    chosen = records if due is None else [records[i] for i in due]
+    following = dict(owned)
+    for partition, offset in chosen:
+        assert offset >= following[partition]
+        following[partition] = offset + 1
+    for i, (partition, offset) in enumerate(records):
+        if due is not None and i not in due and partition in owned:
+            assert offset < following[partition]
+
+
+def test_a_batch_knows_where_the_next_one_begins() -> None:
+    raw = RawBatch([None] * 3, [None] * 3, np.array([2, 0, 2], np.int32), np.array([4, 9, 7], np.int64))
+    assert {2: 8, 0: 10} == raw.next_offsets
+    assert [4, 7] == raw.take(np.array([0, 2])).offsets.tolist()
