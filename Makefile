@@ -6,7 +6,7 @@ BIN := .venv/bin
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format constraints clean
+.PHONY: help setup demo test test-slow lint format docs constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -37,6 +37,9 @@ lint: setup ## ruff and mypy
 format: setup ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+docs: setup ## write the generated parts of README.md anew from the code
+	$(BIN)/python tests/docs/generate.py
 
 # Keeps what constraints.txt pins already, as far as pyproject.toml allows; newer versions: ARGS=--upgrade
 constraints: setup ## write constraints.txt anew from pyproject.toml

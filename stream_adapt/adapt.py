@@ -49,8 +49,9 @@ class Adapter:
 
     def adapt(self, batch: Batch) -> Adapted:
         """Scores and learns n events in order; rows of users and items first met are started from θ."""
-        users = self.users.slots(batch.partitions.tolist(), batch.user_ids)
-        items = self.items.slots(batch.partitions.tolist(), batch.item_ids)
+        partitions = batch.partitions.tolist()
+        users = self.users.slots(partitions, batch.user_ids)
+        items = self.items.slots(partitions, batch.item_ids)
         self.overlay.keep(self.users, users)
         self.overlay.keep(self.items, items)
         events = self._encode(batch, users, items)

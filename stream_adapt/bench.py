@@ -125,6 +125,7 @@ class Stopwatch:
 
 def end_to_end(parameters: EndToEnd, progress: Callable[[str], None] = lambda _: None) -> Result:
     """Rounds of pass-through and loop in turn, on one broker; see the module's docstring."""
+    service.calm_collector()  # as in `run`, for both loops
     with _broker(parameters) as (bootstrap, broker), tempfile.TemporaryDirectory() as folder:
         config = _configuration(parameters, bootstrap, Path(folder))
         progress(f"producing {parameters.events:,} events")

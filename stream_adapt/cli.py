@@ -56,12 +56,16 @@ def run(config_path: Path | None, stop_after: int | None, as_json: bool) -> None
     `delivery: exactly_once` scores, dead letters and offsets become visible in one Kafka transaction.
     """
     from stream_adapt import config, logs, service
-    from stream_adapt.runner import Shutdown
+    from stream_adapt.runner import Shutdown, StopAtOnce
 
     settings = config.load(config_path).config
     logs.configure(settings.log)
     with Shutdown().installed() as shutdown:
-        _print(service.run(settings, shutdown, stop_after), as_json)
+        try:
+            _print(service.run(settings, shutdown, stop_after), as_json)
+        except StopAtOnce:
+            click.echo("stream-adapt: stopped at once; what is not committed will be done again", err=True)
+            sys.exit(128 + shutdown.signals[-1])
 
 
 @cli.command("check-config")

@@ -13,7 +13,7 @@ What a commit can end in:
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import Enum
 from typing import Protocol
 
@@ -52,7 +52,7 @@ class Delivery(Protocol):
 
     @property
     def undeliverable(self) -> dict[Source, int]: ...
-    def commit(self, outputs: Sequence[Outputs], next_offsets: Mapping[int, int]) -> Outcome: ...
+    def commit(self, outputs: Iterable[Outputs], next_offsets: Mapping[int, int]) -> Outcome: ...
     def idle(self) -> None: ...
     def close(self) -> None: ...
 
@@ -102,11 +102,12 @@ class ExactlyOnce:
         """Sources whose output the broker refused for good, and how many times."""
         return self._refusals.undeliverable
 
-    def commit(self, outputs: Sequence[Outputs], next_offsets: Mapping[int, int]) -> Outcome:
+    def commit(self, outputs: Iterable[Outputs], next_offsets: Mapping[int, int]) -> Outcome:
         """Makes a batch visible, or finds out that it is not.
 
         1. Replace the producer if an old EndTxn may still be under way; begin.
-        2. Send the outputs.
+        2. Send the outputs. They are made while they are sent: the client's own thread sends the first of them while
+           the next ones are computed.
         3. Send the offsets, fenced by the generation that the consumer has now.
         4. Commit; on return everything is visible.
         5. Abort if the transaction must be aborted: nothing of it is.
@@ -235,7 +236,7 @@ class AtLeastOnce:
         """Sources whose output the broker refused for good, and how many times."""
         return self._refusals.undeliverable
 
-    def commit(self, outputs: Sequence[Outputs], next_offsets: Mapping[int, int]) -> Outcome:
+    def commit(self, outputs: Iterable[Outputs], next_offsets: Mapping[int, int]) -> Outcome:
         """Waits for every delivery, then commits the offsets."""
         try:
             for block in outputs:

@@ -339,9 +339,9 @@ def _from_environment(key: str, name: str, text: str) -> Any:
     """A variable's value: YAML, but for keys that are strings, where `7` and `on` are what they look like."""
     section, _, field = key.partition(".")
     model = Config.model_fields[section].annotation
-    if field and isinstance(model, type) and issubclass(model, BaseModel):
-        if model.model_fields[field].annotation in (str, str | None):
-            return text
+    fields = model.model_fields if isinstance(model, type) and issubclass(model, BaseModel) else {}
+    if field and fields[field].annotation in (str, str | None):
+        return text
     try:
         return yaml.safe_load(text)
     except yaml.YAMLError as error:

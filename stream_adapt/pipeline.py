@@ -44,10 +44,11 @@ class Pipeline:
         outputs = [self.emitter.scores(batch, adapted)]
         if dead:
             outputs.append(self.emitter.dead_letters(dead, _too_large_themselves(dead, undeliverable)))
+        ended = time.perf_counter()
         self.timer("decode", decoded - started)
         self.timer("adapt", learned - decoded)
-        self.timer("emit", time.perf_counter() - learned)
-        return Work(outputs, raw.next_offsets, batch, adapted, dead)
+        self.timer("emit", ended - learned)
+        return Work(outputs, batch, adapted, dead, ended - started)
 
 
 def _too_large_themselves(dead: list[DeadLetter], undeliverable: Mapping[Source, int]) -> set[Source]:

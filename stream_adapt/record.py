@@ -6,10 +6,10 @@ the records were consumed. Within one partition that is offset order.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields
 from enum import IntFlag
-from typing import Any, NewType
+from typing import Any, NewType, TypeVar
 
 import msgspec
 import numpy as np
@@ -105,6 +105,12 @@ class RawBatch:
     def __len__(self) -> int:
         return len(self.values)
 
+    def chunks(self, size: int) -> Iterator[RawBatch]:
+        """The same records in the same order, at most `size` at a time; one empty chunk if there are none."""
+        for start in range(0, max(len(self), 1), size):
+            at = slice(start, start + size)
+            yield RawBatch(self.keys[at], self.values[at], self.partitions[at], self.offsets[at])
+
     def take(self, indices: Longs) -> RawBatch:
         """The records at these indices, in their order."""
         at = indices.tolist()
@@ -175,10 +181,38 @@ class Outputs:
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one batch led to: all of it becomes visible in one transaction, or none."""
+    """What a batch, or a chunk of one, led to."""
 
     outputs: list[Outputs]
-    next_offsets: dict[int, int]  # by partition: last offset of the batch + 1
     batch: Batch
     adapted: Adapted
     dead_letters: list[DeadLetter]
+    seconds: float  # that it took
+
+    @classmethod
+    def joined(cls, parts: Sequence[Work]) -> Work:
+        """What the chunks of a batch led to, as one."""
+        if len(parts) == 1:
+            return parts[0]
+        return cls(
+            [block for part in parts for block in part.outputs],
+            _joined(Batch, [part.batch for part in parts]),
+            _joined(Adapted, [part.adapted for part in parts]),
+            [letter for part in parts for letter in part.dead_letters],
+            sum(part.seconds for part in parts),
+        )
+
+
+_Columns = TypeVar("_Columns", Batch, Adapted)
+
+
+def _joined(kind: type[_Columns], parts: Sequence[_Columns]) -> _Columns:
+    """Columns of several batches, one after the other."""
+    columns: list[Any] = []
+    for column in fields(kind):
+        values = [getattr(part, column.name) for part in parts]
+        if isinstance(values[0], np.ndarray):
+            columns.append(np.concatenate(values))
+        else:
+            columns.append([value for part in values for value in part])
+    return kind(*columns)

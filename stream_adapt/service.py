@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -62,6 +63,7 @@ def run(config: Config, shutdown: Shutdown, stop_after: int | None = None) -> Fi
     Raises:
         ConfigError, KafkaRefused, Fenced: each says what to do.
     """
+    calm_collector()
     started = time.monotonic()
     finished = Finished(events=0, seconds=0.0, model_version="", metrics_port=None)
     with ExitStack() as stack:
@@ -77,6 +79,17 @@ def run(config: Config, shutdown: Shutdown, stop_after: int | None = None) -> Fi
         finished.events = serve(config, shutdown, observe, pace)
     finished.seconds = round(time.monotonic() - started, 3)
     return finished
+
+
+def calm_collector() -> None:
+    """Has Python's cycle collector look less often. It finds nothing here: batches are lists of acyclic objects.
+
+    What lives since the start is never looked at again, and the young are looked at after 100,000 allocations instead
+    of 700: a sixth more events/s (benchmarks/e2e.md).
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(100_000, 20, 100)
 
 
 def _watch(config: Config, adapter: Adapter, stack: ExitStack) -> tuple[Observers, int]:

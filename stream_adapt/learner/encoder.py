@@ -21,11 +21,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from operator import attrgetter
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, NamedTuple
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 from stream_adapt.errors import ConfigError
 
@@ -40,8 +41,9 @@ NUMERIC_CLIP = 5.0
 NUMBER_LIMIT = 1e9
 #: Strings in one bag.
 BAG_LIMIT = 1000
-#: Distinct combinations of item (or user) features whose encoding is kept; beyond it the cache starts anew.
-CACHE_LIMIT = 200_000
+#: Room for encodings of distinct combinations of item (or user) features, counted in combinations and the pairs of
+#: each, some 100 bytes apiece; beyond it the cache starts anew.
+CACHE_LIMIT = 1_000_000
 
 
 class Categorical(msgspec.Struct, frozen=True, tag_field="type", tag="categorical", forbid_unknown_fields=True):
@@ -230,6 +232,32 @@ def _getter(names: tuple[str, ...]) -> Callable[[Any], tuple[Any, ...]]:
     return lambda _: ()
 
 
+class Sparse(NamedTuple):
+    """n sparse vectors in compressed rows."""
+
+    pointers: npt.NDArray[np.int32]  # [n+1]
+    rows: npt.NDArray[np.int32]  # [k] of a table
+    weights: Floats32  # [k]
+
+
+def sparse(reader: FeatureReader, keys: Iterable[tuple[Any, ...]]) -> Sparse:
+    """The pairs of n keys."""
+    pointers, rows, weights = [0], [], []
+    for key in keys:
+        more_rows, more_weights = reader.pairs(key)
+        rows += more_rows
+        weights += more_weights
+        pointers.append(len(rows))
+    return Sparse(np.array(pointers, np.int32), np.array(rows, np.int32), np.array(weights, np.float32))
+
+
+def event_pairs(reader: FeatureReader, features: Sequence[Any]) -> Sparse:
+    """The pairs of the features of n events."""
+    if not reader:
+        return Sparse(np.zeros(len(features) + 1, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32))
+    return sparse(reader, reader.keys(features))
+
+
 class EncodingCache:
     """Encodings of the distinct keys of one role: an array `[C, D+1]` and, per event, an index into it.
 
@@ -240,50 +268,42 @@ class EncodingCache:
         self._reader = reader
         self._table = table
         self._index: dict[tuple[Any, ...], int] = {}
+        self._pairs = 0
         self.vectors = np.zeros((64, table.shape[1]), dtype=np.float32)
 
     def index(self, features: Sequence[Any]) -> npt.NDArray[np.int32]:
         """Indices `[n]` into `vectors` of the features of n events. Earlier indices may become invalid."""
         if not self._reader:
             return np.zeros(len(features), dtype=np.int32)
-        if len(self._index) > CACHE_LIMIT:
+        if len(self._index) + self._pairs > CACHE_LIMIT:
             self._index.clear()
+            self._pairs = 0
         keys = self._reader.keys(features)
         found = [*map(self._index.get, keys)]
         if None in found:
-            for key, slot in zip(keys, found, strict=True):
-                if slot is None:
-                    self._add(key)
+            self._add(list(dict.fromkeys(key for key, slot in zip(keys, found, strict=True) if slot is None)))
             found = [*map(self._index.get, keys)]
         return np.array(found, dtype=np.int32)
 
-    def _add(self, key: tuple[Any, ...]) -> None:
-        if key in self._index:
-            return
-        slot = len(self._index)
-        if slot >= len(self.vectors):
-            self.vectors = np.concatenate([self.vectors, np.zeros_like(self.vectors)])
-        vector = self.vectors[slot]
-        vector[:] = 0.0
-        rows, weights = self._reader.pairs(key)
-        for row, weight in zip(rows, weights, strict=True):
-            vector += np.float32(weight) * self._table[row]
-        self._index[key] = slot
+    def _add(self, keys: Sequence[tuple[Any, ...]]) -> None:
+        pairs, first = sparse(self._reader, keys), len(self._index)
+        self._pairs += len(pairs.rows)
+        if first + len(keys) > len(self.vectors):
+            more = np.zeros((max(len(self.vectors), len(keys)), self.vectors.shape[1]), dtype=np.float32)
+            self.vectors = np.concatenate([self.vectors, more])
+        _sum_rows(self._table, *pairs, self.vectors[first : first + len(keys)])
+        self._index.update(zip(keys, range(first, first + len(keys)), strict=True))
 
 
-def event_pairs(
-    reader: FeatureReader, features: Sequence[Any]
-) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.int32], Floats32]:
-    """Compressed sparse rows of n events: row pointers `[n+1]`, table rows `[k]`, weights `[k]`."""
-    if not reader:
-        return np.zeros(len(features) + 1, np.int32), np.zeros(0, np.int32), np.zeros(0, np.float32)
-    pointers, rows, weights = [0], [], []
-    for f in features:
-        more_rows, more_weights = reader.pairs(reader.key(f))
-        rows += more_rows
-        weights += more_weights
-        pointers.append(len(rows))
-    return np.array(pointers, np.int32), np.array(rows, np.int32), np.array(weights, np.float32)
+@njit(cache=True)
+def _sum_rows(table, pointers, rows, weights, out):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """out[i] = Σ weight × table row, in order, float32."""
+    for i in range(out.shape[0]):
+        for j in range(out.shape[1]):
+            out[i, j] = 0.0
+        for k in range(pointers[i], pointers[i + 1]):
+            for j in range(out.shape[1]):
+                out[i, j] += weights[k] * table[rows[k], j]
 
 
 def parse_features(raw: Mapping[str, Any]) -> dict[str, Feature]:

@@ -23,18 +23,18 @@ class Overlay:
         return not self._kept
 
     def keep(self, table: Table, slots: Slots) -> None:
-        """Copies the rows at `slots` `[n]`, in any order and with repeats, as they are now."""
-        touched = np.unique(slots)
-        self._kept.append((table, touched, table.rows[touched]))
+        """Copies the rows at `slots` `[n]` as they are now, but for those that were copied since the last commit."""
+        first = table.first_touched(slots)
+        self._kept.append((table, first, table.rows[first]))
 
     def touched(self, table: Table) -> Slots:
         """Slots of a table that were touched since the last commit, each once."""
         kept = [slots for kept_table, slots, _ in self._kept if kept_table is table]
-        return np.unique(np.concatenate(kept)) if kept else np.zeros(0, dtype=np.int64)
+        return np.concatenate(kept) if kept else np.zeros(0, dtype=np.int64)
 
     def restore(self) -> None:
-        """Puts every row back, newest copy first, and takes out the rows that were created."""
-        for table, slots, rows in reversed(self._kept):
+        """Puts every row back, and takes out the rows that were created."""
+        for table, slots, rows in self._kept:
             table.rows[slots] = rows
         for table in self._tables:
             for partition, row_id, _ in reversed(table.created):
@@ -45,4 +45,4 @@ class Overlay:
         """The rows as they are now are the committed state."""
         self._kept.clear()
         for table in self._tables:
-            table.forget_created()
+            table.forget_touched()

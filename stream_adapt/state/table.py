@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from numba import njit
 
 from stream_adapt.state.row import Layout
 
@@ -22,7 +23,7 @@ class Table:
     """Rows of all owned partitions. A row is found by its source partition and id, and lives at a slot of the slab.
 
     `start` fills m new rows, which are zero: it gets the slab, their slots `[m]` and their ids. `created` lists what
-    was inserted since `forget_created()`, so that an abort can take it out again.
+    was inserted since `forget_touched()`, so that an abort can take it out again.
     """
 
     def __init__(self, layout: Layout, start: Start) -> None:
@@ -33,6 +34,8 @@ class Table:
         self._index: dict[int, dict[str, int]] = {}
         self._free: list[int] = []
         self._end = 0
+        self._touched_in: Slots = np.zeros(0, dtype=np.int64)  # by slot: the last round in which it was touched
+        self._round = 1
 
     def __len__(self) -> int:
         return self._end - len(self._free)
@@ -52,15 +55,18 @@ class Table:
 
     def slots(self, partitions: Sequence[int], row_ids: Sequence[str]) -> Slots:
         """Slots `[n]` of rows that are found or, where there are none, started."""
-        index = self._index
-        for partition in set(partitions):
+        index, several = self._index, set(partitions)
+        for partition in several:
             index.setdefault(partition, {})
-        found = [index[p].get(i) for p, i in zip(partitions, row_ids, strict=True)]
-        if None in found:
-            self._insert(
-                dict.fromkeys((p, i) for p, i, slot in zip(partitions, row_ids, found, strict=True) if slot is None)
-            )
+        if len(several) == 1:  # most often: records are fetched partition by partition
+            found = [*map(index[partitions[0]].get, row_ids)]
+        else:
             found = [index[p].get(i) for p, i in zip(partitions, row_ids, strict=True)]
+        if None in found:
+            triples = zip(partitions, row_ids, found, strict=True)
+            self._insert(dict.fromkeys((p, i) for p, i, slot in triples if slot is None))
+            triples = zip(partitions, row_ids, found, strict=True)
+            found = [index[p][i] if slot is None else slot for p, i, slot in triples]
         return np.array(found, dtype=np.int64)
 
     def _insert(self, keys: Collection[tuple[int, str]]) -> None:
@@ -81,6 +87,13 @@ class Table:
             self.rows = np.concatenate([self.rows, np.zeros(capacity - len(self.rows), dtype=self.rows.dtype)])
         return np.concatenate([np.array(reused, dtype=np.int64), np.arange(first, self._end)])
 
+    def first_touched(self, slots: Slots) -> Slots:
+        """Those of the slots `[n]` that were not asked about since `forget_touched`, each once, in order."""
+        if len(self._touched_in) < len(self.rows):
+            more = np.zeros(len(self.rows) - len(self._touched_in), dtype=np.int64)
+            self._touched_in = np.concatenate([self._touched_in, more])
+        return _first_touched(slots, self._touched_in, self._round)  # type: ignore[no-any-return]
+
     def remove(self, partition: int, row_id: str) -> None:
         """Drops a row; its slot is used again."""
         self._free.append(self._index[partition].pop(row_id))
@@ -91,6 +104,20 @@ class Table:
         self._free.extend(index.values())
         return len(index)
 
-    def forget_created(self) -> None:
-        """What was created is committed."""
+    def forget_touched(self) -> None:
+        """What was created and touched is committed, or undone."""
         self.created.clear()
+        self._round += 1
+
+
+@njit(cache=True)
+def _first_touched(slots, touched_in, round_number):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Slots whose mark is not `round_number` yet; marks them. A sort would cost more than the rest of the overlay."""
+    found = np.empty(slots.shape[0], np.int64)
+    count = 0
+    for i in range(slots.shape[0]):
+        if touched_in[slots[i]] != round_number:
+            touched_in[slots[i]] = round_number
+            found[count] = slots[i]
+            count += 1
+    return found[:count]
