@@ -36,7 +36,7 @@ from stream_adapt.kafka.consumer import InputConsumer, RebalanceListener
 from stream_adapt.kafka.embedded import KAFKA_VERSION, EmbeddedKafka
 from stream_adapt.kafka.producer import OutputProducer
 from stream_adapt.kafka.topics import create_topics
-from stream_adapt.learner.encoder import Bag, Categorical, Feature, Numeric
+from stream_adapt.learner.encoder import Bag, Categorical, Feature, Numeric, features_struct
 from stream_adapt.models import LearnerSpec
 from stream_adapt.record import Outputs, Score, UserEvent, Work
 from stream_adapt.runner import Pace, Shutdown
@@ -235,7 +235,7 @@ def _pass_through(config: Config, events: int) -> float:
 
 
 def _carry(config: Config, consumer: InputConsumer, producer: OutputProducer, events: int, exactly_once: bool) -> float:
-    decode: Callable[[Any], Any] = msgspec.json.Decoder(event_struct(FEATURES, STARS)).decode
+    decode: Callable[[Any], Any] = msgspec.json.Decoder(event_struct(features_struct(FEATURES), STARS)).decode
     encode = msgspec.json.Encoder().encode
     done, started, version = 0, 0.0, "00000000T000000-00000000"
     while done < events:

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from stream_adapt.learner.encoder import Feature, Vector, features_struct
+from stream_adapt.learner.encoder import Feature, Interner, Vector, features_struct
 from stream_adapt.learner.feedback import Feedback
 from stream_adapt.record import Batch, DeadLetter, RawBatch, Source
 
@@ -24,6 +24,9 @@ ID_LIMIT = 1024
 
 #: Records that are checked together; if one is bad, they are looked at one by one.
 _CHUNK = 256
+
+#: Features that were not sent.
+_NULL = msgspec.Raw(b"null")
 
 #: Every reason of a dead letter and what it says of the record.
 REASONS = {
@@ -66,11 +69,13 @@ class Decoder:
         limits: Limits = Limits(),
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
+        self._features = features
         self._feedback = feedback
         self._limits = limits
         self._now_ms = now_ms
         self._vectors = frozenset(name for name, feature in features.items() if isinstance(feature, Vector))
-        self._decode: Callable[[Any], Any] = msgspec.json.Decoder(event_struct(features, feedback)).decode
+        self._interner: Interner | None = Interner(features_struct(features))
+        self._decode: Callable[[Any], Any] = msgspec.json.Decoder(event_struct(msgspec.Raw, feedback)).decode
 
     def __call__(self, raw: RawBatch, undeliverable: Container[Source] = ()) -> tuple[Batch, list[DeadLetter]]:
         """Events in the order of their records, and a dead letter for every other record.
@@ -79,39 +84,66 @@ class Decoder:
             raw: n records in consumption order.
             undeliverable: sources whose score the broker has refused for good; they become dead letters.
         """
+        self._choose_decoder()
         latest_ms = self._now_ms() + int(self._limits.max_future_s * 1000)
         events: list[Any] = []
+        features: list[Any] = []
         kept: list[int] = []
         dead: list[DeadLetter] = []
         for start in range(0, len(raw), _CHUNK):
             chunk = range(start, min(start + _CHUNK, len(raw)))
             good = None if undeliverable else self._all_good(raw, chunk, latest_ms)
             if good is not None:
-                events += good
+                events += good[0]
+                features += good[1]
                 kept += chunk
                 continue
             for i in chunk:
                 try:
-                    events.append(self._one(raw, i, latest_ms, undeliverable))
-                    kept.append(i)
+                    event = self._one(raw, i, latest_ms, undeliverable)
+                    features += self._features_of([event])
                 except Exception as error:  # noqa: BLE001 - whatever a record raises, it must not stop the stream
                     dead.append(_dead_letter(raw, i, error, self._vectors))
-        return self._columns(raw, events, kept), dead
+                else:
+                    events.append(event)
+                    kept.append(i)
+        return self._columns(raw, events, features, kept), dead
 
-    def _all_good(self, raw: RawBatch, chunk: range, latest_ms: int) -> list[Any] | None:
-        """The chunk's events if every record of it is good, as almost always; checked by columns, not one by one."""
+    def _choose_decoder(self) -> None:
+        """Features are looked up by their bytes as long as that pays, else decoded with their event."""
+        if self._interner is None:
+            return
+        self._interner.make_room()
+        if not self._interner.worth_it:
+            self._interner = None
+            struct = event_struct(features_struct(self._features), self._feedback)
+            self._decode = msgspec.json.Decoder(struct).decode
+
+    def _features_of(self, events: list[Any]) -> list[Any]:
+        """Features of events that were just decoded: their places in the interner or, without it, themselves."""
+        if self._interner is None:
+            return [e.features for e in events]
+        try:
+            return self._interner.places([bytes(e.features) for e in events])
+        except msgspec.ValidationError as error:
+            path = str(error) if "`$" in str(error) else f"{error} - at `$`"
+            raise msgspec.ValidationError(path.replace("`$", "`$.features", 1)) from error
+
+    def _all_good(self, raw: RawBatch, chunk: range, latest_ms: int) -> tuple[list[Any], list[Any]] | None:
+        """The chunk's events, and their features, if every record of it is good, as almost always; by columns."""
         values = raw.values[chunk.start : chunk.stop]
         try:
             if max(map(len, values)) > self._limits.max_bytes:  # type: ignore[arg-type]  # None: TypeError
                 return None
             events = [*map(self._decode, values)]
+            features = self._features_of(events)
         except Exception:  # noqa: BLE001 - `_one` finds out which record it was, and why
             return None
         if max([e.timestamp for e in events]) > latest_ms:
             return None
         if self._limits.check_key and raw.keys[chunk.start : chunk.stop] != [e.user_id.encode() for e in events]:
             return None
-        return events
+        return events, features
 
     def _one(self, raw: RawBatch, i: int, latest_ms: int, undeliverable: Container[Source]) -> Any:
         """The event of record i; raises whatever is wrong with it."""
@@ -129,13 +161,13 @@ class Decoder:
             raise _Refused("future_timestamp", f"timestamp={event.timestamp}, accepted up to {latest_ms}")
         return event
 
-    def _columns(self, raw: RawBatch, events: list[Any], kept: list[int]) -> Batch:
+    def _columns(self, raw: RawBatch, events: list[Any], features: list[Any], kept: list[int]) -> Batch:
         whole = len(kept) == len(raw)
         return Batch(
             event_ids=[e.event_id for e in events],
             user_ids=[e.user_id for e in events],
             item_ids=[e.item_id for e in events],
-            features=[e.features for e in events],
+            features=features if self._interner is None else self._interner.column(features),
             timestamps_ms=np.array([e.timestamp for e in events], dtype=np.int64),
             levels=self._feedback.level_of([e.label for e in events], [e.event_type for e in events]),
             partitions=raw.partitions if whole else raw.partitions[kept],
@@ -143,13 +175,14 @@ class Decoder:
         )
 
 
-def event_struct(features: dict[str, Feature], feedback: Feedback) -> type[msgspec.Struct]:
-    """Event v1 with the declared features only, and with its limits as constraints."""
+def event_struct(features: type, feedback: Feedback) -> type[msgspec.Struct]:
+    """Event v1 with its limits as constraints; `features` is their struct, or msgspec.Raw for their JSON as it is."""
     row_id = Annotated[str, msgspec.Meta(min_length=1, max_length=ID_LIMIT)]
     label: Any = float
     if feedback.label is not None:
         low, high = feedback.label.range
         label = Annotated[float, msgspec.Meta(ge=low, le=high)]
+    raw = ("features", msgspec.Raw, _NULL)  # Raw takes null as it is, and stands in no union
     fields: list[tuple[str, Any] | tuple[str, Any, Any]] = [
         ("event_id", row_id),
         ("user_id", row_id),
@@ -157,7 +190,7 @@ def event_struct(features: dict[str, Feature], feedback: Feedback) -> type[msgsp
         ("event_type", str),
         ("timestamp", Annotated[int, msgspec.Meta(ge=0)]),
         ("label", label | None, None),
-        ("features", features_struct(features) | None, None),
+        raw if features is msgspec.Raw else ("features", features | None, None),
     ]
     return msgspec.defstruct("Event", fields, frozen=True, gc=False)
 

@@ -142,7 +142,7 @@ class Batch:
     event_ids: list[str]
     user_ids: list[UserId]
     item_ids: list[ItemId]
-    features: list[Any]  # structs made by `learner.encoder.features_struct`, or None
+    features: Sequence[Any]  # structs made by `learner.encoder.features_struct`, or None
     timestamps_ms: Longs
     levels: npt.NDArray[np.int8]  # NO_LEVEL where there is nothing to learn
     partitions: Ints
@@ -211,6 +211,8 @@ def _joined(kind: type[_Columns], parts: Sequence[_Columns]) -> _Columns:
     columns: list[Any] = []
     for column in fields(kind):
         values = [getattr(part, column.name) for part in parts]
+        if column.name == "features":  # done with
+            values = [[]]
         if isinstance(values[0], np.ndarray):
             columns.append(np.concatenate(values))
         else:

@@ -44,6 +44,11 @@ BAG_LIMIT = 1000
 #: Room for encodings of distinct combinations of item (or user) features, counted in combinations and the pairs of
 #: each, some 100 bytes apiece; beyond it the cache starts anew.
 CACHE_LIMIT = 1_000_000
+#: Room for features as they were sent; beyond it the interner starts anew.
+INTERN_LIMIT_BYTES = 64_000_000
+_INTERN_OVERHEAD_BYTES = 400  # of Python's objects for each
+#: Features looked up before it is judged whether that pays.
+INTERN_TRIAL = 50_000
 
 
 class Categorical(msgspec.Struct, frozen=True, tag_field="type", tag="categorical", forbid_unknown_fields=True):
@@ -258,6 +263,74 @@ def event_pairs(reader: FeatureReader, features: Sequence[Any]) -> Sparse:
     return sparse(reader, reader.keys(features))
 
 
+class Interned(Sequence[Any]):
+    """Features of n events, of which many are the same: an event's place among the distinct ones.
+
+    Batches of one `series` share their list of distinct features, which only grows, so that an encoding found once is
+    found again by its place.
+    """
+
+    def __init__(self, distinct: Sequence[Any], places: npt.NDArray[np.int32], series: object) -> None:
+        self.distinct = distinct
+        self.places = places
+        self.series = series
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, i: Any) -> Any:
+        if isinstance(i, slice):
+            return Interned(self.distinct, self.places[i], self.series)
+        return self.distinct[self.places[i]]
+
+
+class Interner:
+    """Decodes the JSON of features once for every distinct string of bytes.
+
+    Producers send an item's features with each of its events, in the same bytes; looking bytes up costs a third of
+    decoding them and looking their values up. Where few are the same it only costs: `worth_it` then says so.
+    """
+
+    def __init__(self, struct: type[msgspec.Struct]) -> None:
+        self._decode: Callable[[bytes], Any] = msgspec.json.Decoder(struct | None).decode
+        self._asked = 0
+        self._missed = 0
+        self._begin()
+
+    def _begin(self) -> None:
+        self._places: dict[bytes, int] = {}
+        self._distinct: list[Any] = []
+        self._bytes = 0
+        self._series = object()
+
+    @property
+    def worth_it(self) -> bool:
+        """Whether most features were met before, as far as can be said yet."""
+        return self._asked < INTERN_TRIAL or 2 * self._missed < self._asked
+
+    def make_room(self) -> None:
+        """Starts anew if too much is kept. Places given before are void."""
+        if self._bytes > INTERN_LIMIT_BYTES:
+            self._begin()
+
+    def places(self, raws: Sequence[bytes]) -> list[int]:
+        """Places of n features. Raises what msgspec raises, if one of them is not as declared."""
+        found = [*map(self._places.get, raws)]
+        self._asked += len(raws)
+        if None in found:
+            for raw in dict.fromkeys(raw for raw, place in zip(raws, found, strict=True) if place is None):
+                self._distinct.append(self._decode(raw))
+                self._places[raw] = len(self._distinct) - 1
+                self._bytes += len(raw) + _INTERN_OVERHEAD_BYTES
+                self._missed += 1
+            found = [*map(self._places.get, raws)]
+        return found  # type: ignore[return-value]  # none is missing now
+
+    def column(self, places: Sequence[int]) -> Interned:
+        """The features at n places."""
+        return Interned(self._distinct, np.array(places, dtype=np.int32), self._series)
+
+
 class EncodingCache:
     """Encodings of the distinct keys of one role: an array `[C, D+1]` and, per event, an index into it.
 
@@ -269,6 +342,8 @@ class EncodingCache:
         self._table = table
         self._index: dict[tuple[Any, ...], int] = {}
         self._pairs = 0
+        self._series: object = None
+        self._at_place = np.zeros(0, dtype=np.int32)
         self.vectors = np.zeros((64, table.shape[1]), dtype=np.float32)
 
     def index(self, features: Sequence[Any]) -> npt.NDArray[np.int32]:
@@ -278,6 +353,20 @@ class EncodingCache:
         if len(self._index) + self._pairs > CACHE_LIMIT:
             self._index.clear()
             self._pairs = 0
+            self._series = None
+        if isinstance(features, Interned):
+            return self._by_place(features)
+        return self._by_key(features)
+
+    def _by_place(self, features: Interned) -> npt.NDArray[np.int32]:
+        if features.series is not self._series:
+            self._series, self._at_place = features.series, np.zeros(0, dtype=np.int32)
+        known = len(self._at_place)
+        if known < len(features.distinct):
+            self._at_place = np.concatenate([self._at_place, self._by_key(features.distinct[known:])])
+        return self._at_place[features.places]
+
+    def _by_key(self, features: Sequence[Any]) -> npt.NDArray[np.int32]:
         keys = self._reader.keys(features)
         found = [*map(self._index.get, keys)]
         if None in found:

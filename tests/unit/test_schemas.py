@@ -12,7 +12,7 @@ from jsonschema import Draft202012Validator
 
 from stream_adapt.decode import ID_LIMIT, REASONS, event_struct
 from stream_adapt.emit import Emitter
-from stream_adapt.learner.encoder import BAG_LIMIT, NUMBER_LIMIT, Bag, Categorical, Numeric, Vector
+from stream_adapt.learner.encoder import BAG_LIMIT, NUMBER_LIMIT, Bag, Categorical, Numeric, Vector, features_struct
 from stream_adapt.learner.feedback import Feedback
 from stream_adapt.record import DeadLetter, Flag, ItemId, Score, TopicNames, UserEvent, UserId
 
@@ -80,7 +80,7 @@ def test_the_consumer_accepts_the_golden_events() -> None:
         {"levels": ["1", "2", "3", "4", "5"], "target": "4", "label": {"range": [1, 5], "cuts": [2, 3, 4, 5]}}, Feedback
     )
     for path in examples_of("event-v1"):
-        event: Any = msgspec.json.decode(path.read_bytes(), type=event_struct(features, feedback))
+        event: Any = msgspec.json.decode(path.read_bytes(), type=event_struct(features_struct(features), feedback))
         assert example(path)["event_id"] == event.event_id
 
 
