@@ -34,7 +34,7 @@ class Table:
         self._index: dict[int, dict[str, int]] = {}
         self._free: list[int] = []
         self._end = 0
-        self._touched_in: Slots = np.zeros(0, dtype=np.int64)  # by slot: the last round in which it was touched
+        self._touched_in: Slots = np.zeros(_FIRST_CAPACITY, dtype=np.int64)  # by slot: its last round
         self._round = 1
 
     def __len__(self) -> int:
@@ -75,7 +75,8 @@ class Table:
         for (partition, row_id), slot in zip(keys, slots.tolist(), strict=True):
             self._index[partition][row_id] = slot
             self.created.append((partition, row_id, slot))
-        self.rows[slots] = np.zeros((), dtype=self.rows.dtype)
+        self.rows.view(np.uint8).reshape(len(self.rows), -1)[slots] = 0
+        self._touched_in[slots] = self._round
         self._start(self.rows, slots, [row_id for _, row_id in keys])
 
     def _take_slots(self, count: int) -> Slots:
@@ -84,14 +85,13 @@ class Table:
         first, self._end = self._end, self._end + count - len(reused)
         if self._end > len(self.rows):
             capacity = max(2 * len(self.rows), self._end)
-            self.rows = np.concatenate([self.rows, np.zeros(capacity - len(self.rows), dtype=self.rows.dtype)])
+            more = capacity - len(self.rows)
+            self.rows = np.concatenate([self.rows, np.zeros(more, dtype=self.rows.dtype)])
+            self._touched_in = np.concatenate([self._touched_in, np.zeros(more, dtype=np.int64)])
         return np.concatenate([np.array(reused, dtype=np.int64), np.arange(first, self._end)])
 
     def first_touched(self, slots: Slots) -> Slots:
-        """Those of the slots `[n]` that were not asked about since `forget_touched`, each once, in order."""
-        if len(self._touched_in) < len(self.rows):
-            more = np.zeros(len(self.rows) - len(self._touched_in), dtype=np.int64)
-            self._touched_in = np.concatenate([self._touched_in, more])
+        """Those of the slots `[n]` that were neither asked about nor created since `forget_touched`, each once."""
         return _first_touched(slots, self._touched_in, self._round)  # type: ignore[no-any-return]
 
     def remove(self, partition: int, row_id: str) -> None:
