@@ -91,9 +91,10 @@ def first_share(source: Source, share: float) -> tuple[Iterator[UserEvent], int]
 
 @contextmanager
 def progress_bar(console: Console) -> Iterator[Told]:
-    """A bar that the trainer's progress callback moves; gone when the block ends."""
+    """A bar that the trainer's progress callback moves; gone when the block ends, and never there but on a terminal."""
     columns = (TextColumn("pretraining"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn())
-    with Progress(*columns, TextColumn("{task.fields[loss]}"), TimeRemainingColumn(), console=console) as bar:
+    more = (TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
+    with Progress(*columns, *more, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("pretraining", total=None, loss="reading events")
 
         def told(_epoch: int, done: int, steps: int, loss: float) -> None:

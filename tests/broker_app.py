@@ -17,6 +17,7 @@ import yaml
 from confluent_kafka import Message, Producer
 
 from stream_adapt.learner.feedback import Feedback, LabelCuts
+from stream_adapt.local import dying_with_parent
 from stream_adapt.testing.broker import RunningBroker, read_all
 
 STARS = Feedback(("1", "2", "3", "4", "5"), "4", LabelCuts((1, 5), (2, 3, 4, 5)))
@@ -72,7 +73,9 @@ class App:
         path = config or self.config(**sections)
         log = path.with_suffix(".log").open("wb")
         member = subprocess.Popen(
-            [sys.executable, "-m", "stream_adapt", "run", "-c", str(path), *arguments], stderr=log, stdout=log
+            dying_with_parent([sys.executable, "-m", "stream_adapt", "run", "-c", str(path), *arguments]),
+            stderr=log,
+            stdout=log,
         )
         log.close()
         self.members.append(member)

@@ -42,9 +42,10 @@ import msgspec
 import numpy as np
 from rich.console import Console
 
-from stream_adapt.datasets.source import STARS, Source, cache_folder
+from stream_adapt.datasets.source import STARS, Source
 from stream_adapt.errors import DataError
 from stream_adapt.learner.encoder import Bag, Categorical, Feature, Numeric
+from stream_adapt.local import cache_folder
 from stream_adapt.record import FeatureValue, ItemId, UserEvent, UserId
 
 #: Number of ratings, as each set's README says.

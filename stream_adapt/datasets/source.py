@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 from stream_adapt.learner.encoder import Feature
 from stream_adapt.learner.feedback import Feedback, LabelCuts
@@ -33,12 +31,3 @@ class Source:
     count: int | None
     #: Index of the first event after a drift that was put there on purpose.
     drift_at: int | None = None
-
-
-def cache_folder() -> Path:
-    """Where downloads are kept: `STREAM_ADAPT_CACHE_DIR`, else `stream-adapt/` in the user's XDG cache folder."""
-    own = os.environ.get("STREAM_ADAPT_CACHE_DIR")
-    if own:
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared) if shared else Path.home() / ".cache") / "stream-adapt"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.client
-import os
 import signal
 import subprocess
 import sys
@@ -15,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from stream_adapt.errors import StreamAdaptError
+from stream_adapt.local import dying_with_parent
 
 #: torch and numba are imported, kernels compiled, and the group joined.
 READY_TIMEOUT_S = 120.0
@@ -23,15 +23,6 @@ STOP_TIMEOUT_S = 30.0
 _LEAVE_TIMEOUT_S = 5.0
 #: Exit codes with a meaning of their own (`errors.py`) that the demo hands on.
 _PASSED_ON = range(2, 7)
-
-#: Runs before the member, in the same process: the kernel kills it when we die, even by `kill -9`.
-_DIE_WITH_PARENT = """
-import ctypes, os, signal, sys
-PR_SET_PDEATHSIG = 1
-ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.argv[2], sys.argv[2:])
-"""
 
 
 class MemberError(StreamAdaptError):
@@ -62,12 +53,10 @@ class Member:
 
     def __enter__(self) -> Self:
         command = [sys.executable, "-m", "stream_adapt", "run", "-c", str(self._config)]
-        if sys.platform == "linux":
-            command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
         with self._log.open("ab") as log:
             # A session of its own: Ctrl-C goes to the demo, which ends the member before the broker.
             self._process = subprocess.Popen(
-                command,
+                dying_with_parent(command),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -21,9 +21,9 @@ from rich.console import Console
 
 from stream_adapt import __version__, meta
 from stream_adapt.datasets import Source, open_source
-from stream_adapt.datasets.source import cache_folder
 from stream_adapt.demo.wire import Encoded
 from stream_adapt.errors import DataError, ModelError
+from stream_adapt.local import cache_folder
 from stream_adapt.models import MODEL_FORMAT, LearnerSpec, read_model, write_model
 from stream_adapt.pretraining import progress_bar
 from stream_adapt.record import UserEvent

@@ -23,7 +23,6 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -45,6 +44,7 @@ from rich.console import Console
 from rich.progress import Progress
 
 from stream_adapt.errors import ConfigError, KafkaRefused
+from stream_adapt.local import cache_folder, dying_with_parent
 
 KAFKA_VERSION = "4.3.0"
 
@@ -88,16 +88,6 @@ _DOWNLOADS_AT_ONCE = 8
 #: A broker that dies with its owner may write a last file while its folder is being swept.
 _DELETE_ATTEMPTS = 20
 
-#: Runs before Java, in the same process. The kernel kills the process when the thread that started it ends; whether
-#: the parent is gone already is asked after that was arranged, so that there is no moment in between.
-_DIE_WITH_PARENT = """
-import ctypes, os, signal, sys
-PR_SET_PDEATHSIG = 1
-ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
-if os.getppid() == int(sys.argv[1]):
-    os.execv(sys.argv[2], sys.argv[2:])
-"""
-
 
 @dataclass(frozen=True, slots=True)
 class Distribution:
@@ -124,11 +114,8 @@ class Distribution:
 
 
 def cache_dir() -> Path:
-    """Where Kafka's jars are kept: `$STREAM_ADAPT_CACHE_DIR/kafka`, else the user's cache folder (XDG)."""
-    if own := os.environ.get("STREAM_ADAPT_CACHE_DIR"):
-        return Path(own) / "kafka"
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "stream-adapt" / "kafka"
+    """Where Kafka's jars are kept."""
+    return cache_folder() / "kafka"
 
 
 def fetch(version: str = KAFKA_VERSION) -> Distribution:
@@ -556,14 +543,11 @@ class _Process:
         self._started.result()
 
     def _keep(self) -> None:
-        command = self._command
-        if sys.platform == "linux":
-            command = [sys.executable, "-I", "-S", "-c", _DIE_WITH_PARENT, str(os.getpid()), *command]
         try:
             with self._log.open("ab") as log:
                 # A session of its own: Ctrl-C goes to us, and we end the broker in order.
                 process = subprocess.Popen(
-                    command,
+                    dying_with_parent(self._command),
                     stdin=subprocess.DEVNULL,
                     stdout=log,
                     stderr=log,

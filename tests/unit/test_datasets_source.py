@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from stream_adapt.datasets import NAMES, Source, open_source
-from stream_adapt.datasets.source import STARS, cache_folder
+from stream_adapt.datasets.source import STARS
 from stream_adapt.errors import ConfigError, DataError
+from stream_adapt.local import cache_folder
 
 
 def test_the_names_are_the_ones_of_the_command_line() -> None:
