@@ -121,7 +121,7 @@ def work_of(
         flags=np.broadcast_to(np.asarray(flags, dtype=np.uint8), n),
     )
     letters = [DeadLetter(b"k", b"v", 0, n + i, reason, "") for i, reason in enumerate(reasons)]
-    return Work([], {0: n + len(letters)}, batch, adapted, letters)
+    return Work(outputs=[], batch=batch, adapted=adapted, dead_letters=letters, seconds=0.001)
 
 
 def shards(*partitions: int, next_offset: int = 7) -> dict[int, ControlRow]:
@@ -217,10 +217,12 @@ def test_a_scrape_at_any_moment_sees_events_equal_scores_plus_dead_letters(membe
     seen: list[tuple[float, float]] = []
     reader = threading.Thread(target=lambda: seen.extend(scrape()))
     reader.start()
-    for _ in range(300):
-        member.metrics.committed(work_of([0.2, 0.7], reasons=("not_json",)), Outcome.COMMITTED)
-    done.set()
-    reader.join()
+    try:
+        for _ in range(300):
+            member.metrics.committed(work_of([0.2, 0.7], reasons=("not_json",)), Outcome.COMMITTED)
+    finally:
+        done.set()
+        reader.join()
 
     assert all(events == outputs for events, outputs in seen)
     assert member.value("events_total") == 900.0

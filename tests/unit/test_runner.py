@@ -1,0 +1,169 @@
+"""The loop without Kafka: what is kept, what is put back, and when it stops."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import msgspec
+import numpy as np
+import pytest
+from learner_streams import random_model
+
+from stream_adapt.adapt import Adapter
+from stream_adapt.commit import Outcome
+from stream_adapt.decode import Decoder
+from stream_adapt.emit import Emitter
+from stream_adapt.kafka.consumer import Positions
+from stream_adapt.pipeline import Pipeline
+from stream_adapt.record import Outputs, RawBatch, TopicNames, Work
+from stream_adapt.runner import CHUNK, Observers, Pace, Runner, Shutdown, StopAtOnce
+
+
+def record(number: int, user: str = "ann") -> tuple[bytes, bytes]:
+    event = {"event_id": f"e{number}", "user_id": user, "item_id": f"i{number % 5}", "event_type": "rating"}
+    return user.encode(), msgspec.json.encode({**event, "timestamp": 1000 * number, "label": 1 + number % 5})
+
+
+@dataclass
+class Log:
+    """One partition with records; hands out what lies behind its position."""
+
+    records: list[tuple[bytes, bytes]]
+    positions: Positions = field(default_factory=lambda: Positions({0: 0}))
+    rewinds: int = 0
+
+    def poll(self, max_records: int, _timeout_s: float) -> RawBatch:
+        start = self.positions.next_offsets[0]
+        found = self.records[start : start + max_records]
+        offsets = np.arange(start, start + len(found))
+        return RawBatch([k for k, _ in found], [v for _, v in found], np.zeros(len(found), np.int32), offsets)
+
+    def advance(self, next_offsets: Mapping[int, int]) -> None:
+        self.positions.next_offsets.update(next_offsets)
+        self.positions.uncommitted_start.clear()
+
+    def rewind(self) -> None:
+        self.rewinds += 1
+
+
+@dataclass
+class Broker:
+    """Follows a script of outcomes, then commits; keeps what was committed."""
+
+    script: list[Outcome | BaseException] = field(default_factory=list)
+    outputs: list[bytes | None] = field(default_factory=list)
+    commits: list[dict[int, int]] = field(default_factory=list)
+    undeliverable: dict[tuple[int, int], int] = field(default_factory=dict)
+    idles: int = 0
+
+    def commit(self, outputs: Iterable[Outputs], next_offsets: Mapping[int, int]) -> Outcome:
+        sent = [value for block in outputs for value in block.values]
+        outcome = self.script.pop(0) if self.script else Outcome.COMMITTED
+        if isinstance(outcome, BaseException):
+            raise outcome
+        if outcome is not Outcome.ABORTED:
+            self.outputs += sent
+            self.commits.append(dict(next_offsets))
+        return outcome
+
+    def idle(self) -> None:
+        self.idles += 1
+
+
+class Seen(Observers):
+    """Writes down what was committed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.works: list[Work] = []
+        self.aborts = 0
+
+    def committed(self, work: Work, outcome: Outcome) -> None:
+        self.works.append(work)
+
+    def aborted(self) -> None:
+        self.aborts += 1
+
+
+def build(log: Log, broker: Broker, **pace: Any) -> tuple[Runner, Adapter, Seen]:
+    model = random_model("diagonal")
+    adapter, seen = Adapter(model), Seen()
+    topics = TopicNames("events", "scores", "dead")
+    decoder = Decoder(model.spec.features, model.spec.feedback)
+    pipeline = Pipeline(decoder, adapter, Emitter(topics, "v1", model.spec.feedback.target_level, now_ms=lambda: 0))
+    runner = Runner(log, pipeline, broker, seen, Pace(**pace))  # type: ignore[arg-type]
+    return runner, adapter, seen
+
+
+def rows(adapter: Adapter) -> dict[str, bytes]:
+    return {user: adapter.users.rows[slot].tobytes() for user, slot in adapter.users.items(0)}
+
+
+@pytest.fixture(autouse=True)
+def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stream_adapt.runner.time.sleep", lambda _s: None)
+
+
+def test_an_aborted_batch_is_done_again_and_ends_as_if_nothing_had_happened() -> None:
+    records = [record(n, f"u{n % 7}") for n in range(200)] + [(b"x", b"nope")]
+    calm, stormy = Broker(), Broker([Outcome.ABORTED, Outcome.COMMITTED, Outcome.ABORTED, Outcome.RECOVERED])
+    logs, ends = [Log(records), Log(records)], []
+    for log, broker in zip(logs, (calm, stormy), strict=True):
+        runner, adapter, seen = build(log, broker, max_batch=50, stop_after_events=201)
+        runner.run(Shutdown())
+        ends.append(rows(adapter))
+        assert sum(len(w.batch) + len(w.dead_letters) for w in seen.works) == 201
+    assert calm.outputs == stormy.outputs
+    assert ends[0] == ends[1]
+    assert [log.rewinds for log in logs] == [0, 2]
+
+
+def test_an_error_in_a_commit_leaves_the_rows_of_the_last_one() -> None:
+    log = Log([record(n) for n in range(20)])
+    runner, adapter, _ = build(log, Broker([Outcome.COMMITTED, RuntimeError("broker gone")]), max_batch=10)
+    runner.turn()
+    before = rows(adapter)
+    with pytest.raises(RuntimeError, match="broker gone"):
+        runner.turn()
+    assert before == rows(adapter)
+
+
+def test_a_batch_longer_than_a_chunk_is_one_commit() -> None:
+    log, broker = Log([record(n, f"u{n % 50}") for n in range(2 * CHUNK + 1)]), Broker()
+    runner, _, seen = build(log, broker)
+    runner.turn()
+    assert broker.commits == [{0: 2 * CHUNK + 1}]
+    assert [len(w.batch) for w in seen.works] == [2 * CHUNK + 1]
+    assert len(broker.outputs) == 2 * CHUNK + 1
+
+
+def test_where_a_new_group_starts_is_committed_before_the_first_record() -> None:
+    log, broker = Log([]), Broker()
+    log.positions.uncommitted_start.add(0)
+    runner, _, _ = build(log, broker)
+    runner.turn()
+    runner.turn()
+    assert (broker.commits, broker.idles) == ([{0: 0}], 1)
+
+
+def test_shards_say_where_they_stand() -> None:
+    log = Log([record(n) for n in range(7)])
+    runner, adapter, _ = build(log, Broker())
+    runner.assigned([0])
+    assert runner.shards[0].next_offset == 0
+    runner.turn()
+    assert (runner.shards[0].next_offset, runner.shards[0].model_version) == (7, adapter.model.version)
+    runner.revoked([0])
+    assert (runner.shards, len(adapter.users), len(adapter.items)) == ({}, 0, 0)
+
+
+def test_the_first_signal_asks_and_the_second_stops_at_once() -> None:
+    with Shutdown().installed() as shutdown:
+        signal.raise_signal(signal.SIGTERM)
+        assert shutdown.asked
+        with pytest.raises(StopAtOnce):
+            signal.raise_signal(signal.SIGTERM)
+    assert [signal.SIGTERM, signal.SIGTERM] == shutdown.signals
