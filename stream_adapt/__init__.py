@@ -11,8 +11,14 @@ The path of a record, in reading order:
     runner     poll → pipeline → commit, until told to stop
     service    a member put together from its configuration
 
-Around it: `learner/` (encoder, feedback, rules), `state/` (rows, overlay), `models` (slow weights on disk), `meta/`
-(pretraining), `kafka/`, `datasets/`, `config`, `metrics`, `health`, `demo`, `bench`, and `testing/` for your own tests.
+Around it:
+
+    learner/  state/  models        encoder, feedback and rules; rows and overlay; slow weights on disk
+    meta/  pretraining  datasets/   from a log of events to a model
+    kafka/  errors                  consumer, producer, topics, a broker to try things on; what can go wrong
+    config  logs  metrics  health   what an operator sets and sees
+    cli  demo/  bench  evaluate/    commands, and what they measure
+    local  testing/                 this machine; fixtures and helpers for your own tests
 """
 
 from importlib.metadata import version
