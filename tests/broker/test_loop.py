@@ -19,6 +19,7 @@ from typing import Any
 
 import jsonschema
 import pytest
+from bad_records import BAD_VALUES, FEATURES, MAX_BYTES, THREE_STARS, good_event
 from broker_app import ITEMS, STARS, App, event
 from confluent_kafka import Producer
 
@@ -80,6 +81,23 @@ def test_bad_records_are_dead_letters_and_the_good_ones_around_them_are_scored(a
     assert [h["stream-adapt.source.offset"] for h, _, _ in letters] == ["1", "3", "5", "7"]
     assert {h["stream-adapt.source.partition"] for h, _, _ in letters} == {"2"}
     assert {h["stream-adapt.source.topic"] for h, _, _ in letters} == {f"{app.name}.events"}
+
+
+def test_every_bad_record_there_is_between_good_ones(make_app: Callable[..., App]) -> None:
+    """Each is dead-lettered once, with its reason and unchanged; the good ones around it are scored."""
+    app = make_app(spec=LearnerSpec(features=FEATURES, feedback=THREE_STARS))
+    records: list[tuple[bytes | None, bytes | None]] = []
+    for n, (_, value, _) in enumerate(BAD_VALUES):
+        records += [(b"u", good_event(event_id=f"e{n}")), (b"u", value)]
+    app.produce_raw(records, partition=1)
+    member = app.start("--stop-after", str(len(records)), input={"max_bytes": MAX_BYTES})
+    assert member.wait(60) == 0, app.log()
+    assert _ids(app.scores()) == _once(range(len(BAD_VALUES)))
+    letters = {int(dict(m.headers() or [])["stream-adapt.source.offset"]): m for m in app.dead_letters()}
+    assert [2 * n + 1 for n in range(len(BAD_VALUES))] == sorted(letters)
+    for n, (name, value, reason) in enumerate(BAD_VALUES):
+        letter = letters[2 * n + 1]
+        assert (dict(letter.headers() or [])["stream-adapt.reason"].decode(), letter.value()) == (reason, value), name
 
 
 def test_sigterm_finishes_the_batch_leaves_the_group_and_a_restart_goes_on(app: App) -> None:

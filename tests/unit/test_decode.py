@@ -2,89 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
+import msgspec
 import numpy as np
 import pytest
+from bad_records import BAD_VALUES, FEATURES, MAX_BYTES, NOW_MS, THREE_STARS, good_event
 from hypothesis import given
 from hypothesis import strategies as st
 
 from stream_adapt.decode import REASONS, Decoder, Limits
-from stream_adapt.learner.encoder import Bag, Categorical, Numeric, Vector
-from stream_adapt.learner.feedback import Feedback, LabelCuts
+from stream_adapt.learner.encoder import INTERN_TRIAL, Interned
 from stream_adapt.record import NO_LEVEL, RawBatch
-
-NOW_MS = 1_800_000_000_000
-FEATURES = {"genres": Bag(), "year": Numeric(), "embedding": Vector(length=2), "country": Categorical()}
-STARS = Feedback(("1", "2", "3"), "2", LabelCuts((1, 3), (2, 3)), {"click": "2"})
-
-GOOD: dict[str, Any] = {
-    "event_id": "e1",
-    "user_id": "u",
-    "item_id": "i",
-    "event_type": "rating",
-    "timestamp": NOW_MS,
-    "label": 2,
-}
-
-
-def _event(**changes: Any) -> bytes:
-    return json.dumps({**GOOD, **changes}).encode()
-
-
-def _without(name: str) -> bytes:
-    return json.dumps({k: v for k, v in GOOD.items() if k != name}).encode()
-
-
-def _features(**features: Any) -> bytes:
-    return _event(features=features)
-
-
-#: value → reason
-BAD_VALUES: list[tuple[str, bytes | None, str]] = [
-    ("tombstone", None, "null_value"),
-    ("empty", b"", "not_json"),
-    ("text", b"nope", "not_json"),
-    ("array", b"[1]", "wrong_type"),
-    ("two objects", _event() + _event(), "not_json"),
-    ("truncated", _event()[:-5], "not_json"),
-    ("not UTF-8", b"\xff\xfe{}", "not_utf8"),
-    ("string not UTF-8", _event().replace(b'"i"', b'"\xc3"'), "not_utf8"),
-    ("no user", _without("user_id"), "missing_field"),
-    ("no item", _without("item_id"), "missing_field"),
-    ("no time", _without("timestamp"), "missing_field"),
-    ("no event id", _without("event_id"), "missing_field"),
-    ("empty user", _event(user_id=""), "empty_id"),
-    ("long item", _event(item_id="i" * 1025), "too_large"),
-    ("user is a number", _event(user_id=5), "wrong_type"),
-    ("time is a string", _event(timestamp="now"), "wrong_type"),
-    ("time is a fraction", _event(timestamp=1.5), "wrong_type"),
-    ("negative time", _event(timestamp=-1), "bad_timestamp"),
-    ("far future", _event(timestamp=NOW_MS + 86_400_001), "future_timestamp"),
-    ("beyond 64 bits", _event(timestamp=10**30), "future_timestamp"),
-    ("label too high", _event(label=3.5), "label_out_of_range"),
-    ("label too low", _event(label=0), "label_out_of_range"),
-    ("label 1e308", _event(label=1e308), "label_out_of_range"),
-    ("label a string", _event(label="2"), "wrong_type"),
-    ("label NaN", _event(label=float("nan")), "not_finite"),
-    ("label Infinity", _event(label=float("-inf")), "not_finite"),
-    ("label 1e400", _event(label=0).replace(b'"label": 0', b'"label": 1e400'), "not_finite"),
-    ("feature NaN", _features(year=float("nan")), "not_finite"),
-    ("feature 1e308", _features(year=1e308), "out_of_range"),
-    ("vector 1e308", _features(embedding=[1, -1e308]), "out_of_range"),
-    ("short vector", _features(embedding=[1]), "vector_length"),
-    ("long vector", _features(embedding=[1, 2, 3]), "vector_length"),
-    ("bag of numbers", _features(genres=[1]), "wrong_type"),
-    ("too many in a bag", _features(genres=["g"] * 1001), "too_large"),
-    ("features an array", _event(features=[1]), "wrong_type"),
-    ("deep", _event(x=0).replace(b'"x": 0', b'"x": ' + b"[" * 50_000 + b"]" * 50_000), "too_deep"),
-    ("too large", _event(x="y" * 200_000), "too_large"),
-]
 
 
 def _decoder(**limits: Any) -> Decoder:
-    return Decoder(FEATURES, STARS, Limits(**{"max_bytes": 150_000, **limits}), now_ms=lambda: NOW_MS)
+    return Decoder(FEATURES, THREE_STARS, Limits(**{"max_bytes": MAX_BYTES, **limits}), now_ms=lambda: NOW_MS)
 
 
 def _raw(*values: bytes | None, key: bytes | None = b"u") -> RawBatch:
@@ -94,7 +27,7 @@ def _raw(*values: bytes | None, key: bytes | None = b"u") -> RawBatch:
 
 @pytest.mark.parametrize(("value", "reason"), [case[1:] for case in BAD_VALUES], ids=[case[0] for case in BAD_VALUES])
 def test_each_bad_value_is_refused_with_its_reason_and_unchanged(value: bytes | None, reason: str) -> None:
-    batch, dead = _decoder()(_raw(_event(), value, _event()))
+    batch, dead = _decoder()(_raw(good_event(), value, good_event()))
 
     assert batch.offsets.tolist() == [100, 102]
     assert [(d.reason, d.value, d.key, d.partition, d.offset) for d in dead] == [(reason, value, b"u", 3, 101)]
@@ -102,7 +35,7 @@ def test_each_bad_value_is_refused_with_its_reason_and_unchanged(value: bytes | 
 
 
 def test_all_bad_values_mixed_into_good_ones() -> None:
-    values = [v for _, bad, _ in BAD_VALUES for v in (_event(), bad)]
+    values = [v for _, bad, _ in BAD_VALUES for v in (good_event(), bad)]
     batch, dead = _decoder()(_raw(*values))
 
     assert len(batch) == len(BAD_VALUES)
@@ -111,12 +44,12 @@ def test_all_bad_values_mixed_into_good_ones() -> None:
 
 @pytest.mark.parametrize(("key", "reason"), [(None, "null_key"), (b"other", "key_mismatch"), (b"\xff", "key_mismatch")])
 def test_the_key_must_be_the_user(key: bytes | None, reason: str) -> None:
-    _, dead = _decoder()(_raw(_event(), key=key))
+    _, dead = _decoder()(_raw(good_event(), key=key))
     assert [d.reason for d in dead] == [reason]
 
 
 def test_the_check_of_the_key_can_be_turned_off() -> None:
-    batch, dead = _decoder(check_key=False)(_raw(_event(), key=None))
+    batch, dead = _decoder(check_key=False)(_raw(good_event(), key=None))
     assert (len(batch), dead) == (1, [])
 
 
@@ -125,7 +58,8 @@ def test_every_reason_that_decoding_gives_is_documented() -> None:
 
 
 def test_declared_features_are_decoded_and_others_skipped() -> None:
-    batch, dead = _decoder()(_raw(_features(genres=["a", "b"], year=1, embedding=[1, 2], country="x", other={"a": 1})))
+    sent = {"genres": ["a", "b"], "year": 1, "embedding": [1, 2], "country": "x", "other": {"a": 1}}
+    batch, dead = _decoder()(_raw(good_event(features=sent)))
     features = batch.features[0]
     assert dead == []
     assert (features.genres, features.year, features.embedding, features.country) == (("a", "b"), 1.0, (1.0, 2.0), "x")
@@ -144,18 +78,32 @@ def test_declared_features_are_decoded_and_others_skipped() -> None:
     ],
 )
 def test_an_explicit_label_wins_over_the_event_type(label: float | None, event_type: str, level: int) -> None:
-    batch, _ = _decoder()(_raw(_event(label=label, event_type=event_type)))
+    batch, _ = _decoder()(_raw(good_event(label=label, event_type=event_type)))
     assert batch.levels.tolist() == [level]
 
 
 def test_a_source_that_cannot_be_delivered_is_a_dead_letter() -> None:
-    batch, dead = _decoder()(_raw(_event(), _event()), {(3, 101): 1})
+    batch, dead = _decoder()(_raw(good_event(), good_event()), {(3, 101): 1})
     assert batch.offsets.tolist() == [100]
     assert [(d.offset, d.reason) for d in dead] == [(101, "not_delivered")]
 
 
-@given(st.lists(st.one_of(st.binary(max_size=60), st.just(_event()), st.none()), max_size=20))
+@given(st.lists(st.one_of(st.binary(max_size=60), st.just(good_event()), st.none()), max_size=20))
 def test_whatever_comes_every_record_has_exactly_one_output(values: list[bytes | None]) -> None:
     batch, dead = _decoder()(_raw(*values))
     assert sorted(batch.offsets.tolist() + [d.offset for d in dead]) == list(range(100, 100 + len(values)))
     assert {d.reason for d in dead} <= set(REASONS)
+
+
+def test_features_are_decoded_alike_whether_or_not_they_are_looked_up_by_their_bytes() -> None:
+    """Few of these are the same, so the decoder soon stops looking them up; nobody can tell from what it gives."""
+    decoder = _decoder()
+    distinct = [good_event(features={"year": n / 7, "genres": [f"g{n % 3}"]}) for n in range(INTERN_TRIAL + 10)]
+    trial, _ = decoder(_raw(*distinct))
+    later, dead = decoder(_raw(*distinct[:50], good_event(features={"year": "x"}), good_event()))
+    assert isinstance(trial.features, Interned)
+    assert not isinstance(later.features, Interned)
+    assert msgspec.structs.astuple(trial.features[:50][7]) == msgspec.structs.astuple(later.features[7])
+    assert [features.year for features in later.features[:50]] == [n / 7 for n in range(50)]
+    assert later.features[50] is None
+    assert [letter.reason for letter in dead] == ["wrong_type"]
