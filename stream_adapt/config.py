@@ -239,9 +239,19 @@ def load(path: Path | None, environment: Mapping[str, str] = os.environ, **overr
 
 
 def effective(loaded: Loaded) -> Iterator[tuple[str, Any, str]]:
-    """Every key with its value and source; secrets hidden."""
-    for key, value in _flatten(loaded.config.model_dump(mode="json")):
-        yield key, _hidden(key, value), _source_of(key, loaded.sources, "default")
+    """Every key with its value and source; secrets hidden, and names that follow from `app.name` filled in."""
+    config, names = loaded.config, loaded.config.topic_names
+    derived = {
+        "kafka.group_id": config.group_id,
+        "topics.events": names.events,
+        "topics.scores": names.scores,
+        "topics.dead_letters": names.dead_letters,
+    }
+    for key, value in _flatten(config.model_dump(mode="json")):
+        if value is None and key in derived:
+            yield key, derived[key], "default, from app.name"
+        else:
+            yield key, _hidden(key, value), _source_of(key, loaded.sources, "default")
 
 
 def resolve_secrets(properties: Mapping[str, Any]) -> dict[str, Scalar]:

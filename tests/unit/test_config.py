@@ -38,7 +38,14 @@ def shown(loaded: Loaded) -> dict[str, tuple[Any, str]]:
 def test_defaults_alone_are_a_configuration() -> None:
     loaded = load(None, {})
     assert loaded.config == Config(app=loaded.config.app)
-    assert {"default"} == {source for _, source in shown(loaded).values()}
+    assert {"default", "default, from app.name"} == {source for _, source in shown(loaded).values()}
+
+
+def test_names_that_follow_from_the_app_are_shown_as_they_are() -> None:
+    found = shown(load(None, {}, app__name="films", topics__scores="ratings"))
+    assert ("films.events", "default, from app.name") == found["topics.events"]
+    assert ("films", "default, from app.name") == found["kafka.group_id"]
+    assert ("ratings", "command line") == found["topics.scores"]
 
 
 def test_command_line_wins_over_environment_over_file_over_defaults(write: Any) -> None:
