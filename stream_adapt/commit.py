@@ -253,7 +253,7 @@ class AtLeastOnce:
         self._producer.poll()
 
     def close(self) -> None:
-        """Waits for what is still under way."""
+        """Lets go of the producer; nothing is under way between commits."""
         self._producer.close()
 
     def _failed(self, error: ProducerError | KafkaException) -> Outcome:

@@ -10,6 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -28,6 +29,7 @@ Properties = Mapping[str, str | int | float | bool]
 CALL_TIMEOUT_S = 10.0
 #: Calls that answer a rebalance are tried again until then; below the default max.poll.interval.ms of 300 s.
 REBALANCE_DEADLINE_S = 60.0
+_BETWEEN_TRIES_S = 0.2
 
 #: Errors after which there is no point in going on: the operator must act.
 _REFUSED = {
@@ -120,10 +122,15 @@ class InputConsumer:
         self.positions.uncommitted_start -= set(next_offsets)
 
     def rewind(self) -> None:
-        """Back to the committed offsets of every owned partition, after an abort."""
+        """Back to the committed offsets of every owned partition, after an abort.
+
+        Raises:
+            KafkaRefused: the consumer cannot be moved within the deadline.
+        """
         self._ends.clear()
         for partition, offset in self.positions.next_offsets.items():
-            self._consumer.seek(TopicPartition(self.topic, partition, offset))
+            to = TopicPartition(self.topic, partition, offset)
+            self._until_answered(f"seek to {partition}@{offset}", partial(self._consumer.seek, to))
 
     def committed(self, partitions: Collection[int]) -> dict[int, int]:
         """Offsets that the group has committed; negative where there is none. Waits for pending transactions.
@@ -201,6 +208,7 @@ class InputConsumer:
                         f"{self.topic}: no {what} within {REBALANCE_DEADLINE_S:.0f} s: {found and describe(found)}; "
                         "is the group's coordinator up?"
                     ) from error
+                time.sleep(_BETWEEN_TRIES_S)
 
     def _revoked(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
         self._forget(partitions)
