@@ -49,13 +49,20 @@ class Adapter:
 
     def adapt(self, batch: Batch) -> Adapted:
         """Scores and learns n events in order; rows of users and items first met are started from θ."""
+        return self.learn(self.prepare(batch))
+
+    def prepare(self, batch: Batch) -> Events:
+        """Finds or starts the rows of n events, keeps their old bytes, and encodes what the events say."""
         partitions = batch.partitions.tolist()
         users = self.users.slots(partitions, batch.user_ids)
         items = self.items.slots(partitions, batch.item_ids)
         self.overlay.keep(self.users, users)
         self.overlay.keep(self.items, items)
-        events = self._encode(batch, users, items)
-        scores = Scores.empty(len(batch))
+        return self._encode(batch, users, items)
+
+    def learn(self, events: Events) -> Adapted:
+        """Runs the rule over n prepared events."""
+        scores = Scores.empty(len(events.user))
         self._adapt_rows(self.users.rows, self.items.rows, events, scores)
         return Adapted(*scores)
 

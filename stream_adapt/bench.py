@@ -1,4 +1,6 @@
-"""What the loop costs: measured against a loop that does nothing but carry the same records, in the same run.
+"""What things cost on this machine.
+
+`bench e2e`, what the loop costs: measured against a loop that does nothing but carry the same records, in the same run.
 
 The pass-through is what the Kafka client alone can do from Python with these records: consume, decode the JSON,
 encode a score record of the same fields and size, produce, commit offsets in the same transaction. Same client,
@@ -7,6 +9,8 @@ taken round by round, is the share of that which is left when the work is done.
 
 A round reads all N events from the input topic with a new consumer group. Time runs from the first poll that returns
 records to the return of the last commit; imports, compilation and joining the group are outside.
+
+`bench step`, what the rule alone costs an event.
 """
 
 from __future__ import annotations
@@ -19,26 +23,28 @@ from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import msgspec
+import numpy as np
 from confluent_kafka import Producer, TopicPartition
 
 from stream_adapt import service
+from stream_adapt.adapt import Adapter
 from stream_adapt.commit import Outcome
 from stream_adapt.config import Config, load
 from stream_adapt.datasets.source import STARS
 from stream_adapt.datasets.synthetic import Synthetic
 from stream_adapt.datasets.synthetic import events as synthetic_events
-from stream_adapt.decode import event_struct
+from stream_adapt.decode import Decoder, event_struct
 from stream_adapt.kafka import properties
 from stream_adapt.kafka.consumer import InputConsumer, RebalanceListener
 from stream_adapt.kafka.embedded import KAFKA_VERSION, EmbeddedKafka
 from stream_adapt.kafka.producer import OutputProducer
 from stream_adapt.kafka.topics import create_topics
 from stream_adapt.learner.encoder import Bag, Categorical, Feature, Numeric, features_struct
-from stream_adapt.models import LearnerSpec
-from stream_adapt.record import Outputs, Score, UserEvent, Work
+from stream_adapt.models import Covariance, LearnerSpec, read_model
+from stream_adapt.record import Batch, Outputs, RawBatch, Score, UserEvent, Work
 from stream_adapt.runner import Pace, Shutdown
 from stream_adapt.state.row import ControlRow
 from stream_adapt.testing.model import random_model
@@ -269,3 +275,46 @@ def _carry(config: Config, consumer: InputConsumer, producer: OutputProducer, ev
         consumer.advance(positions)
         done += len(raw)
     return done / (time.perf_counter() - started)
+
+
+class StepCost(msgspec.Struct):
+    """What scoring and adapting cost under one covariance."""
+
+    us_per_event: float  # median over the rounds, one core, encoded events in rows that exist
+    row_bytes: int  # of a user
+    item_row_bytes: int
+
+
+def step_cost(rounds: int = 9) -> dict[str, StepCost]:
+    """Microseconds an event of the compiled rule alone: no decoding, no look-up of rows, no Kafka."""
+    return {f"kalman-{covariance}": _step_cost(covariance, rounds) for covariance in get_args(Covariance)}
+
+
+def _step_cost(covariance: Covariance, rounds: int) -> StepCost:
+    with tempfile.TemporaryDirectory() as folder:
+        events = list(_events(16_384))
+        spec = LearnerSpec(features=FEATURES, feedback=STARS, covariance=covariance)
+        columns = {name: [_typed(event.features.get(name)) for event in events] for name in FEATURES}
+        random_model(Path(folder), spec, sorted({event.item_id for event in events}), columns)
+        adapter = Adapter(read_model(Path(folder)))
+    batch, _ = Decoder(spec.features, spec.feedback)(_raw(events))
+    adapter.adapt(batch)  # compiles, and starts the rows
+    adapter.commit()
+    us = 1e6 * statistics.median(_timed_rule(adapter, batch) for _ in range(rounds)) / len(events)
+    return StepCost(round(us, 3), adapter.users.layout.row_bytes, adapter.items.layout.row_bytes)
+
+
+def _timed_rule(adapter: Adapter, batch: Batch) -> float:
+    """Seconds of the rule alone; the rows are as before afterwards."""
+    events = adapter.prepare(batch)
+    started = time.perf_counter()
+    adapter.learn(events)
+    taken = time.perf_counter() - started
+    adapter.abort()
+    return taken
+
+
+def _raw(events: list[UserEvent]) -> RawBatch:
+    keys: list[bytes | None] = [event.user_id.encode() for event in events]
+    values: list[bytes | None] = [msgspec.json.encode(event) for event in events]
+    return RawBatch(keys, values, np.zeros(len(events), np.int32), np.arange(len(events)))

@@ -264,6 +264,19 @@ def bench_e2e(as_json: bool, **parameters: Any) -> None:
             click.echo(f"{name:<20} {value}")
 
 
+@bench.command("step")
+@_json_option
+def bench_step(as_json: bool) -> None:
+    """Microseconds that scoring and adapting cost an event, and the bytes of a row, for each rule and covariance."""
+    from stream_adapt.bench import step_cost
+
+    costs = step_cost()
+    _print(costs, as_json)
+    if not as_json:
+        for rule, cost in costs.items():
+            click.echo(f"{rule:<18} {cost.us_per_event:.2f} us an event, {cost.row_bytes} bytes a user's row")
+
+
 def _print(value: Any, as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.encode(value).decode())
