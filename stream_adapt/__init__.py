@@ -17,7 +17,7 @@ Around it:
     meta/  pretraining  datasets/   from a log of events to a model
     kafka/  errors                  consumer, producer, topics, a broker to try things on; what can go wrong
     config  logs  metrics  health   what an operator sets and sees
-    cli  demo/  bench  evaluate/    commands, and what they measure
+    cli  demo/  bench  evaluate/    commands, and what they measure: live, in speed, and in quality
     local  testing/                 this machine; fixtures and helpers for your own tests
 """
 

@@ -227,6 +227,57 @@ def pretrain(as_json: bool, **request: Any) -> None:
             click.echo(f"  {name:<20} {value:.4f}")
 
 
+@cli.command()
+@_source_options
+@click.option(
+    "--model",
+    type=click.Path(exists=True, file_okay=False, path_type=Path),
+    help="A model to judge; pretrained on the first half if not given.",
+)
+@click.option(
+    "--levels",
+    default="all",
+    show_default=True,
+    type=click.Choice(["two", "all"]),
+    help="two: only whether the target is reached is told.",
+)
+@click.option("--covariance", type=click.Choice(["diagonal", "full"]), help="As the model says if not given.")
+@click.option(
+    "--partitions",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Items learn in each partition by itself, as in service.",
+)
+@click.option("--seeds", default=1, show_default=True, type=click.IntRange(min=1), help="Trainings; means are given.")
+@click.option("--warm", is_flag=True, help="Users keep the rows that the first half gave them.")
+@click.option(
+    "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Of the training."
+)
+@click.option("--baselines", default="", metavar="NAMES", help="Compare with these, comma-separated, or with all.")
+@click.option("--out", type=click.Path(file_okay=False, path_type=Path), help="Folder for a report in HTML.")
+@_json_option
+def replay(as_json: bool, **options: Any) -> None:
+    """Judge the learner on a data set without a broker: score each event, then learn from it, in the order of time.
+
+    The first half is for pretraining; figures are of the second half. The code that scores is the one that serves.
+    Baselines: item_mean, running_bias, matrix_factorisation, river_logistic, river_ftrl, vowpal_wabbit, frozen.
+    """
+    from rich.console import Console
+
+    from stream_adapt.evaluate.replay import ReplayOptions, run_replay
+
+    result = run_replay(ReplayOptions(**options), Console(stderr=True))
+    _print(result, as_json)
+    if as_json:
+        return
+    click.echo(f"{'':<22}{'AUC':>8}{'log-loss':>10}{'GAUC':>8}{'ECE':>8}")
+    for name, said in {"adapted": result, "frozen": result.frozen, **result.baselines}.items():
+        click.echo(f"{name:<22}{said.auc:>8.4f}{said.logloss:>10.4f}{said.gauc:>8.4f}{said.ece:>8.4f}")
+    if result.report is not None:
+        click.echo(f"report: {result.report}")
+
+
 @cli.group()
 def bench() -> None:
     """What things cost on this machine, each against a baseline in the same run."""

@@ -91,7 +91,9 @@ class App:
 
     def produce_raw(self, records: Iterable[tuple[bytes | None, bytes | None]], partition: int | None = None) -> int:
         """Produces keys and values as they are."""
-        producer = Producer({"bootstrap.servers": self.broker.bootstrap_servers, "linger.ms": 5})
+        producer = Producer(
+            {"bootstrap.servers": self.broker.bootstrap_servers, "linger.ms": 5, "enable.idempotence": True}
+        )
         to = {} if partition is None else {"partition": partition}
         count = 0
         for count, (key, value) in enumerate(records, 1):
