@@ -95,7 +95,6 @@ class ExactlyOnce:
         self._fenced_at: float | None = None
         self._refusals = _Refusals()
         self._producer = self._build()
-        self.producers_built = 1
 
     @property
     def undeliverable(self) -> dict[Source, int]:
@@ -207,7 +206,6 @@ class ExactlyOnce:
         self._producer.close()
         self._producer = self._build()
         self._producer.careful = careful
-        self.producers_built += 1
 
     def _build(self) -> OutputProducer:
         try:
@@ -249,8 +247,11 @@ class AtLeastOnce:
         return Outcome.COMMITTED
 
     def idle(self) -> None:
-        """Serves the producer's callbacks between batches."""
-        self._producer.poll()
+        """Serves the producer's callbacks between batches; a producer that failed for good is replaced."""
+        try:
+            self._producer.poll()
+        except ProducerError as error:
+            self._failed(error)
 
     def close(self) -> None:
         """Lets go of the producer; nothing is under way between commits."""

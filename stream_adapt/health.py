@@ -228,7 +228,6 @@ class Health:
 
 
 StartResponse = Callable[[str, list[tuple[str, str]]], Any]
-Application = Callable[[dict[str, Any], StartResponse], Iterable[bytes]]
 
 
 class Pages:

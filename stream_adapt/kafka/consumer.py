@@ -73,17 +73,11 @@ class InputConsumer:
     ) -> None:
         self.topic = topic
         self.positions = Positions()
-        self.rebalances = 0
         self._start = start
         self._ends: dict[int, int] = {}
         self._listener = listener
         self._consumer = Consumer(dict(properties), logger=_librdkafka_logger())
         self._consumer.subscribe([topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
-
-    @property
-    def assigned(self) -> bool:
-        """Whether any partition is owned."""
-        return bool(self.positions.next_offsets)
 
     def poll(self, max_records: int, timeout_s: float) -> RawBatch:
         """Up to `max_records` records of owned partitions, at most `timeout_s` after the call.
@@ -172,7 +166,6 @@ class InputConsumer:
     # Rebalances. No work is in flight here: a batch is committed or aborted before the next poll.
 
     def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
-        self.rebalances += 1
         numbers = [tp.partition for tp in partitions]
         if numbers:
             self._find_positions(numbers)
@@ -221,7 +214,6 @@ class InputConsumer:
         log.warning("partitions lost", topic=self.topic, partitions=[tp.partition for tp in partitions])
 
     def _forget(self, partitions: list[TopicPartition]) -> None:
-        self.rebalances += 1
         numbers = [tp.partition for tp in partitions]
         for partition in numbers:
             self.positions.next_offsets.pop(partition, None)

@@ -190,3 +190,12 @@ def test_at_least_once_commits_nothing_when_delivery_fails(step: str) -> None:
     delivery = AtLeastOnce(lambda: producer, group)  # type: ignore[arg-type,return-value]
     assert delivery.commit(OUTPUTS, OFFSETS) is Outcome.ABORTED
     assert group.commits == []
+
+
+def test_at_least_once_replaces_a_producer_that_fails_while_idle() -> None:
+    producers = [ScriptedProducer({"poll": Lost("fatal")}), ScriptedProducer({})]
+    remaining = iter(producers)
+    delivery = AtLeastOnce(lambda: next(remaining), ScriptedGroup())  # type: ignore[arg-type,return-value]
+    delivery.idle()
+    assert delivery.commit(OUTPUTS, OFFSETS) is Outcome.COMMITTED
+    assert [["poll", "close"], ["send", "flush"]] == [producer.calls for producer in producers]
