@@ -5,6 +5,7 @@
     │   └── ModelError       exit 2  a model file is missing, damaged, or does not fit the configuration
     ├── DataError            exit 2  a data set could not be had, or is not what it should be
     ├── KafkaRefused         exit 3  the broker said no, or cannot be reached: nothing was lost
+    ├── StateFull            exit 3  memory or disk for the rows is used up: nothing was lost
     └── Fenced               exit 4  another instance uses this transactional.id
 
 A bad *record* is not an exception that leaves the pipeline: it becomes a dead letter (`decode.py`). What a Kafka
@@ -39,6 +40,12 @@ class DataError(StreamAdaptError):
 
 class KafkaRefused(StreamAdaptError):
     """The broker refused, or could not be reached within its deadline. Nothing uncommitted became visible."""
+
+    exit_code = 3
+
+
+class StateFull(StreamAdaptError):
+    """No room for more rows, on the disk of `state.dir` or in memory. Nothing uncommitted became visible."""
 
     exit_code = 3
 

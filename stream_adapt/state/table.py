@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,35 +11,56 @@ import numpy.typing as npt
 from numba import njit
 
 from stream_adapt.state.row import Layout
+from stream_adapt.state.slab import Slab
 
 Slots = npt.NDArray[np.int64]
 
 #: Fills new rows of a slab: slab, slots, ids.
 Start = Callable[[npt.NDArray[Any], Slots, Sequence[str]], None]
 
-_FIRST_CAPACITY = 1024
+#: What a partition takes at a time, so that whole pages are free when it leaves.
+_EXTENT_BYTES = 256 << 10
+_FIRST_EXTENTS = 4
+_FREE = -1
 
 
 class Table:
     """Rows of all owned partitions. A row is found by its source partition and id, and lives at a slot of the slab.
 
-    `start` fills m new rows, which are zero: it gets the slab, their slots `[m]` and their ids. `created` lists what
-    was inserted since `forget_touched()`, so that an abort can take it out again.
+    A partition's rows lie in extents of its own, which are given back when it is dropped. `start` fills m new rows,
+    which are zero: it gets the slab, their slots `[m]` and their ids. `created` has the slots of what was inserted
+    since `forget_touched()`, so that an abort can take it out again. Without a folder the slab lies in memory.
     """
 
-    def __init__(self, layout: Layout, start: Start) -> None:
+    def __init__(self, layout: Layout, start: Start, folder: Path | None = None) -> None:
         self.layout = layout
-        self.rows: npt.NDArray[Any] = np.zeros(_FIRST_CAPACITY, dtype=layout.dtype)
-        self.created: list[tuple[int, str, int]] = []
+        self.created: list[int] = []
         self._start = start
-        self._index: dict[int, dict[str, int]] = {}
-        self._free: list[int] = []
-        self._end = 0
-        self._touched_in: Slots = np.zeros(_FIRST_CAPACITY, dtype=np.int64)  # by slot: its last round
+        self._extent = max(1, _EXTENT_BYTES // layout.row_bytes)  # rows
+        capacity = _FIRST_EXTENTS * self._extent
+        self._slab = Slab(layout.dtype, folder, capacity)
+        self.ids: npt.NDArray[np.object_] = np.empty(capacity, dtype=object)  # by slot; not seen by Python's collector
+        self.partition_of: npt.NDArray[np.int32] = np.full(capacity, _FREE, dtype=np.int32)  # by slot; -1: no row
+        self._touched_in: Slots = np.zeros(capacity, dtype=np.int64)  # by slot: its last round
         self._round = 1
+        self._index: dict[int, dict[str, int]] = {}
+        self._free: dict[int, list[int]] = {}  # by partition: slots without a row in its extents
+        self._extents: dict[int, list[int]] = {}  # by partition
+        self._spare: list[int] = []  # extents that no partition has
+        self._end = 0  # extents taken so far
 
     def __len__(self) -> int:
-        return self._end - len(self._free)
+        return sum(map(len, self._index.values()))
+
+    @property
+    def rows(self) -> npt.NDArray[Any]:
+        """The slab. It is another array after rows were inserted."""
+        return self._slab.rows
+
+    @property
+    def slab_bytes(self) -> int:
+        """What the slab takes, in memory or on the disk."""
+        return self._slab.nbytes
 
     @property
     def partitions(self) -> set[int]:
@@ -54,7 +76,11 @@ class Table:
         return iter(self._index.get(partition, {}).items())
 
     def slots(self, partitions: Sequence[int], row_ids: Sequence[str]) -> Slots:
-        """Slots `[n]` of rows that are found or, where there are none, started."""
+        """Slots `[n]` of rows that are found or, where there are none, started.
+
+        Raises:
+            StateFull: no room for all that are new; an abort takes out those that were started.
+        """
         index, several = self._index, set(partitions)
         for partition in several:
             index.setdefault(partition, {})
@@ -64,50 +90,130 @@ class Table:
             found = [index[p].get(i) for p, i in zip(partitions, row_ids, strict=True)]
         if None in found:
             triples = zip(partitions, row_ids, found, strict=True)
-            self._insert(dict.fromkeys((p, i) for p, i, slot in triples if slot is None))
+            new: dict[int, dict[str, None]] = {}
+            for partition, row_id, slot in triples:
+                if slot is None:
+                    new.setdefault(partition, {})[row_id] = None
+            for partition, ids in new.items():
+                self._insert(partition, list(ids))
             triples = zip(partitions, row_ids, found, strict=True)
             found = [index[p][i] if slot is None else slot for p, i, slot in triples]
         return np.array(found, dtype=np.int64)
 
-    def _insert(self, keys: Collection[tuple[int, str]]) -> None:
-        """Starts rows for m different keys that have none, in order."""
-        slots = self._take_slots(len(keys))
-        for (partition, row_id), slot in zip(keys, slots.tolist(), strict=True):
-            self._index[partition][row_id] = slot
-            self.created.append((partition, row_id, slot))
-        self.rows.view(np.uint8).reshape(len(self.rows), -1)[slots] = 0
-        self._touched_in[slots] = self._round
-        self._start(self.rows, slots, [row_id for _, row_id in keys])
+    def load(self, partition: int, ids: Sequence[str], rows: npt.NDArray[Any]) -> None:
+        """Puts m rows `[m]` as they are, over those of equal ids; of equal ids among them the last counts.
 
-    def _take_slots(self, count: int) -> Slots:
-        """Free slots first, the last freed before others, then new ones at the end of the slab."""
-        reused = [self._free.pop() for _ in range(min(count, len(self._free)))]
-        first, self._end = self._end, self._end + count - len(reused)
-        if self._end > len(self.rows):
-            capacity = max(2 * len(self.rows), self._end)
-            more = capacity - len(self.rows)
-            self.rows = np.concatenate([self.rows, np.zeros(more, dtype=self.rows.dtype)])
-            self._touched_in = np.concatenate([self._touched_in, np.zeros(more, dtype=np.int64)])
-        return np.concatenate([np.array(reused, dtype=np.int64), np.arange(first, self._end)])
+        For what is restored: nothing is started, and no abort takes it back.
+
+        Raises:
+            StateFull: no room; nothing was put.
+        """
+        last = dict(zip(ids, range(len(ids)), strict=True))
+        if len(last) < len(ids):
+            ids, rows = list(last), rows[list(last.values())]
+        index = self._index.setdefault(partition, {})
+        new = [row_id for row_id in ids if row_id not in index] if index else ids
+        self._link(partition, new)
+        self.rows[np.fromiter(map(index.__getitem__, ids), np.int64, len(ids))] = rows
+
+    def remove(self, partition: int, row_id: str) -> None:
+        """Drops a row for good; its slot is used again. Inside a transaction: `Overlay.remove`.
+
+        Raises:
+            KeyError: there is none.
+        """
+        self.free(partition, self.unlink(partition, row_id))
+
+    def drop(self, partition: int) -> int:
+        """Drops every row of a partition and gives their memory back; returns how many there were."""
+        for extent in self._extents.pop(partition, []):
+            first, end = extent * self._extent, (extent + 1) * self._extent
+            self.ids[first:end] = None
+            self.partition_of[first:end] = _FREE
+            self._slab.release(first, end)
+            self._spare.append(extent)
+        self._free.pop(partition, None)
+        return len(self._index.pop(partition, {}))
 
     def first_touched(self, slots: Slots) -> Slots:
         """Those of the slots `[n]` that were neither asked about nor created since `forget_touched`, each once."""
         return _first_touched(slots, self._touched_in, self._round)  # type: ignore[no-any-return]
 
-    def remove(self, partition: int, row_id: str) -> None:
-        """Drops a row; its slot is used again."""
-        self._free.append(self._index[partition].pop(row_id))
-
-    def drop(self, partition: int) -> int:
-        """Drops every row of a partition; returns how many."""
-        index = self._index.pop(partition, {})
-        self._free.extend(index.values())
-        return len(index)
-
     def forget_touched(self) -> None:
         """What was created and touched is committed, or undone."""
         self.created.clear()
         self._round += 1
+
+    def unlink(self, partition: int, row_id: str) -> int:
+        """Takes a row out of the index and returns its slot, which keeps its bytes until `free`."""
+        slot = self._index[partition].pop(row_id)
+        self.ids[slot], self.partition_of[slot] = None, _FREE
+        return slot
+
+    def relink(self, partition: int, row_id: str, slot: int) -> None:
+        """Undoes `unlink`."""
+        self._index[partition][row_id] = slot
+        self.ids[slot], self.partition_of[slot] = row_id, partition
+
+    def free(self, partition: int, slot: int) -> None:
+        """Lets a slot of the partition's extents be used again."""
+        self._free[partition].append(slot)
+
+    def _insert(self, partition: int, row_ids: list[str]) -> None:
+        """Starts m rows that are not there yet."""
+        slots = self._link(partition, row_ids)
+        self.created.extend(slots.tolist())
+        self.rows.view(np.uint8).reshape(len(self.rows), -1)[slots] = 0
+        self._touched_in[slots] = self._round
+        self._start(self.rows, slots, row_ids)
+
+    def _link(self, partition: int, row_ids: Sequence[str]) -> Slots:
+        """Slots `[m]` for new rows, entered in the index; their bytes are anything."""
+        taken = self._take_slots(partition, len(row_ids))
+        slots = np.array(taken, dtype=np.int64)
+        self._index[partition].update(zip(row_ids, taken, strict=True))
+        self.ids[slots] = row_ids
+        self.partition_of[slots] = partition
+        return slots
+
+    def _take_slots(self, partition: int, count: int) -> list[int]:
+        """Free slots of the partition, the last freed before others, then those of new extents in order."""
+        free = self._free.setdefault(partition, [])
+        if len(free) < count:
+            more = self._take_extents(partition, -(-(count - len(free)) // self._extent))
+            free[:0] = (more[::-1, None] * self._extent + np.arange(self._extent)[::-1]).ravel().tolist()
+        at = len(free) - count
+        taken = free[at:]
+        del free[at:]
+        return taken[::-1]
+
+    def _take_extents(self, partition: int, count: int) -> npt.NDArray[np.int64]:
+        """Extents `[count]` that now are the partition's, with memory or disk reserved for them."""
+        spare = self._spare[max(0, len(self._spare) - count) :]
+        end = self._end + count - len(spare)
+        if end * self._extent > len(self.rows):
+            self._grow(max(2 * len(self.rows), end * self._extent))
+        extents = [*reversed(spare), *range(self._end, end)]
+        for extent in spare:
+            self._slab.reserve(extent * self._extent, (extent + 1) * self._extent)
+        self._slab.reserve(self._end * self._extent, end * self._extent)
+        del self._spare[len(self._spare) - len(spare) :]
+        self._end = end
+        self._extents.setdefault(partition, []).extend(extents)
+        return np.array(extents, dtype=np.int64)
+
+    def _grow(self, capacity: int) -> None:
+        self._slab.grow(capacity)
+        more = capacity - len(self.ids)
+        self.ids = np.concatenate([self.ids, np.empty(more, dtype=object)])
+        self.partition_of = np.concatenate([self.partition_of, np.full(more, _FREE, dtype=np.int32)])
+        self._touched_in = np.concatenate([self._touched_in, np.zeros(more, dtype=np.int64)])
+
+
+def occupied(table: Table, slots: Iterable[int] | Slots) -> Slots:
+    """Those of the slots that hold a row."""
+    at = np.asarray(slots, dtype=np.int64)
+    return at[table.partition_of[at] != _FREE]  # type: ignore[no-any-return]
 
 
 @njit(cache=True)
