@@ -15,10 +15,10 @@ import xxhash
 
 from stream_adapt.learner.encoder import EncodingCache, FeatureReader, event_pairs
 from stream_adapt.learner.rules.kalman.layout import covariance_floats, item_layout, user_layout
-from stream_adapt.learner.rules.kalman.step import Events, Scores, Theta
+from stream_adapt.learner.rules.kalman.step import Events, Scores, Screen, Theta
 from stream_adapt.learner.rules.kalman.step import adapt as adapt_compiled
 from stream_adapt.models import Model
-from stream_adapt.record import Adapted, Batch
+from stream_adapt.record import Adapted, Batch, Flag
 from stream_adapt.state.overlay import Overlay
 from stream_adapt.state.table import Slots, Table
 
@@ -31,11 +31,12 @@ class Adapter:
 
     `adapt` changes rows at once; they are the state only after `commit`, and `abort` puts back what they were.
     `device` says what runs the rule: "cpu" or "auto" is the compiled one, "cuda" the batched one on the GPU, and
-    "torch-cpu" the batched one on the CPU, which is there to be compared.
+    "torch-cpu" the batched one on the CPU, which is there to be compared. `screen` says which events teach nothing.
     """
 
-    def __init__(self, model: Model, device: str = "auto") -> None:
+    def __init__(self, model: Model, device: str = "auto", screen: Screen = Screen()) -> None:
         self.model = model
+        self._screen = screen
         self._theta = Theta.of(model.weights)
         spec, fitted = model.spec, model.manifest.fitted
         self.users = Table(user_layout(spec), self._start_users)
@@ -114,7 +115,17 @@ class Adapter:
             pointers=pointers,
             rows=rows,
             weights=weights,
+            event_hash=self._event_hashes(batch.event_ids),
+            screen=self._screen,
         )
+
+    def _event_hashes(self, event_ids: Sequence[str]) -> npt.NDArray[np.uint32]:
+        """What rings keep of n event ids: the low half of xxh3-64, never 0. All 0 where nobody looks for duplicates."""
+        n = len(event_ids)
+        if not self._screen.barred & Flag.DUPLICATE:
+            return np.zeros(n, dtype=np.uint32)
+        hashes = np.fromiter(map(xxhash.xxh3_64_intdigest, map(str.encode, event_ids)), np.uint64, n)
+        return np.maximum(hashes.astype(np.uint32), 1)
 
     def _known(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.int64]:
         """Rows in θ's item table; its last row, of zeros, for items that θ does not know."""

@@ -54,7 +54,8 @@ class Flag(IntFlag):
 
     SCORE_ONLY = 1  # no label and no mapped event type: nothing was learned
     NAN_UNDONE = 2  # the update was not finite and was undone; the score is the last good row's
-    LATE = 4  # older than the last event learned for this user
+    LATE = 4  # older than the last event learned for this user, by more than `input.late_after_s`
+    DUPLICATE = 8  # the event id is that of one of the last events learned for this user: nothing was learned
 
 
 class Score(msgspec.Struct, frozen=True, gc=False):

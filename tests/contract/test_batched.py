@@ -177,7 +177,7 @@ def seen_of(
 ) -> Seen:
     delta = torch.cat([items.delta[at], torch.zeros(len(at), 1)], 1)
     offset, time_ms = theta.bias + c + items.c[at], hours * 3_600_000
-    return Seen(x + delta, w0, offset, items.c_var[at], items.delta_var[at], items.hash[at], time_ms, level)
+    return Seen(x + delta, w0, offset, items.c_var[at], items.delta_var[at], items.hash[at], time_ms, level, level.int())
 
 
 @both_covariances
@@ -194,7 +194,7 @@ def test_writing_leaves_the_rows_it_was_given_alone() -> None:
     users = batched.init(theta, 2, full=False, ring=2)
     kept = Users._make(t.clone() for t in users)
     one, two = torch.ones(2, 7, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
-    seen = Seen(one, one, two, two, one[:, 1:], two.long(), two.long(), two.long())
+    seen = Seen(one, one, two, two, one[:, 1:], two.long(), two.long(), two.long(), two.int())
     written = batched.write(theta, users, seen, batched.read(theta, users, seen))
     assert all(torch.equal(a, b) for a, b in zip(kept, users, strict=True))
     assert not torch.equal(users.d, written.users.d)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from stream_adapt.errors import ConfigError
-from stream_adapt.learner.rules.kalman.step import LARGEST, MS_PER_HOUR, Array, Events, Scores
+from stream_adapt.learner.rules.kalman.step import LARGEST, MS_PER_HOUR, Array, Events, Scores, Screen
 from stream_adapt.models import SlowWeights
 from stream_adapt.record import Flag
 
@@ -77,6 +77,7 @@ class Users(NamedTuple):
     P: Tensor  # [m, K]
     ring_item: Tensor  # [m, N]
     ring_time_s: Tensor  # [m, N]
+    ring_event: Tensor  # [m, N]
     ring_level: Tensor  # [m, N]
     ring_logit: Tensor  # [m, N]
 
@@ -109,6 +110,7 @@ class Seen(NamedTuple):
     item_hash: Tensor  # [m] int64
     time_ms: Tensor  # [m] int64
     level: Tensor  # [m] int64; negative: none, nothing is learned
+    event_hash: Tensor  # [m] int32, the bits of what rings keep of the event's id
 
 
 class Reading(NamedTuple):
@@ -117,7 +119,7 @@ class Reading(NamedTuple):
     z: Tensor  # [m] linear predictor
     v: Tensor  # [m] x̃ᵀP x̃
     v_item: Tensor  # [m] V_c + Σ w² V_δ
-    late: Tensor  # [m] bool: older than the last event learned
+    flags: Tensor  # [m] bits of Flag that the user's row tells: late, duplicate
     w: Tensor  # [m, D+1] w₀ + d
     d: Tensor  # [m, D+1]
     P: Tensor  # [m, K]
@@ -153,7 +155,8 @@ def init(theta: Theta, m: int, *, full: bool, ring: int, dtype: torch.dtype = to
         P=_prior(theta, full).to(dtype).repeat(m, 1),
         ring_item=ring_floats.long(),
         ring_time_s=ring_floats.int(),
-        ring_level=ring_floats,
+        ring_event=ring_floats.int(),
+        ring_level=ring_floats.to(torch.int8),
         ring_logit=ring_floats,
     )
 
@@ -226,7 +229,7 @@ def settle(items: Items, window: Tensor) -> Items:
     )
 
 
-def read(theta: Theta, users: Users, seen: Seen) -> Reading:
+def read(theta: Theta, users: Users, seen: Seen, screen: Screen = Screen()) -> Reading:
     """Leak to the prior, then z = b + c + ⟨w, x̃⟩ and its variance. The rows stay as they are."""
     hours = (seen.time_ms - users.last_ms).clamp(min=0) / MS_PER_HOUR  # [m]
     decay = torch.exp(-(theta.leak[0] + theta.leak[1] * torch.log1p(hours.double())))  # [m]
@@ -239,7 +242,7 @@ def read(theta: Theta, users: Users, seen: Seen) -> Reading:
         z=seen.offset + (w * seen.x).sum(1),  # [m]
         v=(g * seen.x).sum(1).clamp(min=0.0),  # [m]
         v_item=seen.c_var + (w[:, :-1].square() * seen.delta_var).sum(1),  # [m]
-        late=(users.count > 0) & (seen.time_ms < users.last_ms),  # [m]
+        flags=_screen(users, seen, screen),  # [m]
         w=w,
         d=d,
         P=P,
@@ -247,16 +250,18 @@ def read(theta: Theta, users: Users, seen: Seen) -> Reading:
     )
 
 
-def write(theta: Theta, users: Users, seen: Seen, reading: Reading) -> Written:
+def write(theta: Theta, users: Users, seen: Seen, reading: Reading, screen: Screen = Screen()) -> Written:
     """Learns from m events: e = s − z, T = v + σ² + v_item, d += P x̃ e/T, P −= P x̃ x̃ᵀP/T.
 
-    A row stays as it was, without the leak, if its event carries no level or if the update is not finite.
+    A row stays as it was, without the leak, if its event carries no level or a flag that bars it, or if the update is
+    not finite.
     """
     e, r = theta.level_scores[seen.level.clamp(min=0)] - reading.z, reading.v + theta.noise  # [m], [m]
     total = (r + reading.v_item)[:, None]  # [m, 1]
     d = reading.d + reading.g * e[:, None] / total  # [m, D+1]
     P = reading.P - _outer(reading.g, reading.P.shape[1]) / total  # [m, K]  # noqa: N806
-    taught = (seen.level >= 0) & _fits(d) & _fits(P) & _item_fits(reading.w, e, r)  # [m]
+    teaches = (seen.level >= 0) & (reading.flags & screen.barred == 0)  # [m]
+    taught = teaches & _fits(d) & _fits(P) & _item_fits(reading.w, e, r)  # [m]
     z = reading.z + ((seen.w0 + d - reading.w) * seen.x).sum(1)  # [m]
     v = (_times(P, seen.x) * seen.x).sum(1).clamp(min=0.0)  # [m]
     return Written(
@@ -334,11 +339,13 @@ def adapt_batched(theta: Theta, user_rows: Array, item_rows: Array, events: Even
     users, items = _load(Users, user_rows[user_slots], where), _load(Items, item_rows[item_slots], where)
     columns = _columns(theta, events, user_at, item_at)
     ordered = _take(columns, torch.from_numpy(plan.order).to(where))
-    windows = [_adapt_window(theta, users, items, _take(ordered, slice(w[0], w[-1])), w) for w in plan.windows]
+    windows = [
+        _adapt_window(theta, users, items, _take(ordered, slice(w[0], w[-1])), w, events.screen) for w in plan.windows
+    ]
     _store(user_rows, user_slots, users)
     _store(item_rows, item_slots, items)
     if windows:
-        _report(out, plan.order, events.level, ordered.frozen, _scores(theta, _concatenate(windows)))
+        _report(out, plan.order, events, ordered.frozen, _scores(theta, _concatenate(windows)))
 
 
 class Plan(NamedTuple):
@@ -396,6 +403,7 @@ class _Columns(NamedTuple):
     window: Tensor  # [n]
     time_ms: Tensor  # [n]
     level: Tensor  # [n]
+    event_hash: Tensor  # [n]
 
 
 class _Said(NamedTuple):
@@ -404,7 +412,7 @@ class _Said(NamedTuple):
     z: Tensor  # [n]
     v: Tensor  # [n]
     v_item: Tensor  # [n]
-    late: Tensor  # [n]
+    flags: Tensor  # [n]
     new_z: Tensor  # [n]
     new_v: Tensor  # [n]
     count: Tensor  # type: ignore[assignment]  # [n], not tuple's
@@ -436,10 +444,13 @@ def _columns(theta: Theta, events: Events, user_at: Array, item_at: Array) -> _C
         window=put(events.window),
         time_ms=put(events.time_ms),
         level=put(events.level).long(),
+        event_hash=put(events.event_hash.astype(np.uint32).view(np.int32)),
     )
 
 
-def _adapt_window(theta: Theta, users: Users, items: Items, events: _Columns, bounds: Sequence[int]) -> _Said:
+def _adapt_window(
+    theta: Theta, users: Users, items: Items, events: _Columns, bounds: Sequence[int], screen: Screen
+) -> _Said:
     """Learns one window round by round; writes into `users` and `items`, which are this batch's own copies."""
     which, at = torch.unique(events.item, return_inverse=True)
     before = _take(items, which)
@@ -450,7 +461,7 @@ def _adapt_window(theta: Theta, users: Users, items: Items, events: _Columns, bo
     rounds = []
     for start, stop in pairwise(b - bounds[0] for b in bounds):
         now = slice(stop - start)
-        rounds.append(_round(theta, _take(rows, now), _take(seen, slice(start, stop))))
+        rounds.append(_round(theta, _take(rows, now), _take(seen, slice(start, stop)), screen))
         _put(rows, now, rounds[-1][0])
     _put(users, present, rows)
     said = _concatenate([said for _, said in rounds])
@@ -458,10 +469,10 @@ def _adapt_window(theta: Theta, users: Users, items: Items, events: _Columns, bo
     return said
 
 
-def _round(theta: Theta, users: Users, seen: Seen) -> tuple[Users, _Said]:
-    reading = read(theta, users, seen)
-    after, lesson, z, v = write(theta, users, seen, reading)
-    return after, _Said(reading.z, reading.v, reading.v_item, reading.late, z, v, after.count, *lesson)
+def _round(theta: Theta, users: Users, seen: Seen, screen: Screen) -> tuple[Users, _Said]:
+    reading = read(theta, users, seen, screen)
+    after, lesson, z, v = write(theta, users, seen, reading, screen)
+    return after, _Said(reading.z, reading.v, reading.v_item, reading.flags, z, v, after.count, *lesson)
 
 
 def _seen(theta: Theta, events: _Columns, settled: Items, at: Tensor) -> Seen:
@@ -475,24 +486,26 @@ def _seen(theta: Theta, events: _Columns, settled: Items, at: Tensor) -> Seen:
         item_hash=settled.hash[at],
         time_ms=events.time_ms,
         level=events.level,
+        event_hash=events.event_hash,
     )
 
 
 def _scores(theta: Theta, said: _Said) -> tuple[Tensor, ...]:
-    """Score, updated score, uncertainty, adaptations, and which events were late and which taught."""
+    """Score, updated score, uncertainty, adaptations, flags that the rows told, and which events taught."""
     variance = said.v + said.v_item
     score = read_out(theta, said.z, variance)
     updated = torch.where(said.taught, read_out(theta, said.new_z, said.new_v + said.v_item), score)
-    return score, updated, variance.sqrt(), said.count, said.late, said.taught
+    return score, updated, variance.sqrt(), said.count, said.flags, said.taught
 
 
-def _report(out: Scores, order: Longs, level: Array, frozen_score: Tensor, scores: tuple[Tensor, ...]) -> None:
-    score, updated, uncertainty, adaptations, late, taught = (s.cpu().numpy() for s in scores)
+def _report(out: Scores, order: Longs, events: Events, frozen_score: Tensor, scores: tuple[Tensor, ...]) -> None:
+    score, updated, uncertainty, adaptations, flags, taught = (s.cpu().numpy() for s in scores)
     out.frozen[order] = frozen_score.cpu().numpy()
     out.score[order], out.updated[order], out.uncertainty[order] = score, updated, uncertainty
     out.adaptations[order] = adaptations
-    score_only = level[order] < 0
-    out.flags[order] = late * Flag.LATE + score_only * Flag.SCORE_ONLY + ~(score_only | taught) * Flag.NAN_UNDONE
+    score_only = events.level[order] < 0
+    undone = ~(score_only | (flags & events.screen.barred != 0) | taught)
+    out.flags[order] = flags + score_only * Flag.SCORE_ONLY + undone * Flag.NAN_UNDONE
 
 
 def _remember(users: Users, seen: Seen, z: Tensor, taught: Tensor) -> Users:
@@ -505,9 +518,20 @@ def _remember(users: Users, seen: Seen, z: Tensor, taught: Tensor) -> Users:
         count=users.count + taught,
         ring_item=_where(here, seen.item_hash[:, None], users.ring_item),
         ring_time_s=_where(here, (seen.time_ms // 1000)[:, None], users.ring_time_s),
+        ring_event=_where(here, seen.event_hash[:, None], users.ring_event),
         ring_level=_where(here, seen.level[:, None], users.ring_level),
         ring_logit=_where(here, z[:, None], users.ring_logit),
     )
+
+
+def _screen(users: Users, seen: Seen, screen: Screen) -> Tensor:
+    """`[m]`: flags that events have for what their users' rows remember: late, duplicate."""
+    late = (users.count > 0) & (seen.time_ms < users.last_ms - screen.late_after_ms)  # [m]
+    flags = late * int(Flag.LATE)  # [m]
+    if screen.barred & Flag.DUPLICATE:
+        duplicate = (users.ring_event == seen.event_hash[:, None]).any(1)  # [m]
+        flags = flags + duplicate * int(Flag.DUPLICATE)
+    return flags
 
 
 def _fits(rows: Tensor) -> Tensor:

@@ -28,7 +28,8 @@ def user_layout(spec: LearnerSpec) -> Layout:
             Field("P", "<f4", (covariance_floats(spec),), "covariance of w: diagonal, or packed lower triangle"),
             Field("ring_item", "<u8", (ring,), "the last N events, the k-th at k mod N: xxh3-64 of the item id"),
             Field("ring_time_s", "<u4", (ring,), "their times, s since the epoch"),
-            Field("ring_level", "<f4", (ring,), "their levels"),
+            Field("ring_event", "<u4", (ring,), "low half of xxh3-64 of their ids; 0: not kept"),
+            Field("ring_level", "<i1", (ring,), "their levels"),
             Field("ring_logit", "<f4", (ring,), "their logits z, before each was learned"),
         ),
     )

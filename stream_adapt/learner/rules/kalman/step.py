@@ -38,7 +38,8 @@ Array = npt.NDArray[Any]
 MS_PER_HOUR = 3_600_000.0
 #: A row's numbers stay below it, and so do an event's parts of the pending sums: float32 holds 10⁸ of them.
 LARGEST = 1e30
-_SCORE_ONLY, _NAN_UNDONE, _LATE = int(Flag.SCORE_ONLY), int(Flag.NAN_UNDONE), int(Flag.LATE)
+_SCORE_ONLY, _NAN_UNDONE = int(Flag.SCORE_ONLY), int(Flag.NAN_UNDONE)
+_LATE, _DUPLICATE = int(Flag.LATE), int(Flag.DUPLICATE)
 
 
 class Theta(NamedTuple):
@@ -62,6 +63,13 @@ class Theta(NamedTuple):
         return cls(numbers, *(np.concatenate([t, np.zeros((1, *t.shape[1:]), t.dtype)]) for t in tables))
 
 
+class Screen(NamedTuple):
+    """Which events are told apart by what their user's row remembers, and which of them teach nothing."""
+
+    late_after_ms: int = 0  # how much older than its user's last event learned an event may be without being late
+    barred: int = 0  # bits of Flag: an event that has one of them is scored and teaches nothing
+
+
 class Events(NamedTuple):
     """A batch of n events in consumption order, encoded."""
 
@@ -79,6 +87,8 @@ class Events(NamedTuple):
     pointers: Array  # [n+1] of the event features' sparse pairs
     rows: Array  # [k]
     weights: Array  # [k]
+    event_hash: Array  # [n] what rings keep of the event's id, 0: nothing
+    screen: Screen = Screen()
 
 
 class Scores(NamedTuple):
@@ -108,8 +118,9 @@ def adapt(theta: Theta, users: Array, items: Array, events: Events, out: Scores)
     """
     width, floats = users["d"].shape[1], users["P"].shape[1]
     seen = np.zeros(len(events.user), _EVENT_TYPE)
-    for name in ("user", "item", "window", "time_ms", "level"):
+    for name in ("user", "item", "window", "time_ms", "level", "event_hash"):
         seen[name] = getattr(events, name)
+    seen["late_after_ms"], seen["barred"] = events.screen
     seen["item_events"] = theta.item_events[events.known]
     scratch = np.zeros(1, _scratch_type(width, floats))
     _adapt(
@@ -124,6 +135,7 @@ def adapt(theta: Theta, users: Array, items: Array, events: Events, out: Scores)
 #: One event and what is said of it.
 _EVENT_TYPE = np.dtype(
     [(name, "<i8") for name in ("user", "item", "window", "time_ms", "level", "adaptations", "flags")]
+    + [(name, "<i8") for name in ("event_hash", "late_after_ms", "barred")]
     + [(name, "<f8") for name in ("item_events", "score", "frozen", "updated", "uncertainty")]
 )
 
@@ -189,10 +201,10 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
     event.updated = event.score
     event.frozen = _frozen(theta, event.item_events, c0, s)
     event.uncertainty = math.sqrt(v + v_item)
-    event.flags = _LATE if user.count > 0 and event.time_ms < user.last_ms else 0
+    event.flags = _screen(user, event)
     if event.level < 0:
         event.flags |= _SCORE_ONLY
-    else:
+    elif event.flags & event.barred == 0:
         e, r = theta.level_scores[event.level] - z, v + theta.noise
         v_new, fits = _learn_user(e, r + v_item, s)
         if fits and _item_fits(r, e, s):
@@ -205,6 +217,19 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
         else:
             event.flags |= _NAN_UNDONE
     event.adaptations = user.count
+
+
+@njit(cache=True, error_model="numpy")
+def _screen(user, event):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Flags that an event has for what its user's row remembers: late, duplicate."""
+    flags = 0
+    if user.count > 0 and event.time_ms < user.last_ms - event.late_after_ms:
+        flags |= _LATE
+    if event.barred & _DUPLICATE:
+        for k in range(user.ring_event.shape[0]):
+            if user.ring_event[k] == event.event_hash:
+                flags |= _DUPLICATE
+    return flags
 
 
 @njit(cache=True, error_model="numpy")
@@ -345,6 +370,7 @@ def _write_user(user, event, item_hash, z, s):  # type: ignore[no-untyped-def]  
     at = user.count % user.ring_item.shape[0]
     user.ring_item[at] = item_hash
     user.ring_time_s[at] = event.time_ms // 1000
+    user.ring_event[at] = event.event_hash
     user.ring_level[at] = event.level
     user.ring_logit[at] = z
     user.last_ms = max(user.last_ms, event.time_ms)
