@@ -1,5 +1,7 @@
 """What we test with, shipped, so that users can test with it, too: `pip install 'stream-adapt[testing]'`.
 
-broker      pytest fixtures that hand out a real Apache Kafka and topics of one's own
+broker      pytest fixtures that hand out a real Apache Kafka, topics of one's own, and a fault proxy
+proxy       the fault proxy: requests and answers that come late, never or wrong, and connections that fail
+wire        as much of Kafka's wire protocol as the proxy needs
 model       a model without training: right in form, random in content
 """

@@ -24,8 +24,9 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, KafkaExcepti
 from confluent_kafka.admin import AdminClient
 
 from stream_adapt.errors import ConfigError, KafkaRefused, StreamAdaptError
-from stream_adapt.kafka.embedded import KAFKA_VERSION, SINGLE_NODE, EmbeddedKafka, free_ports, wait_until_answering
+from stream_adapt.kafka.embedded import KAFKA_VERSION, SINGLE_NODE, free_ports, wait_until_answering
 from stream_adapt.kafka.topics import TopicSpec, create_topics
+from stream_adapt.testing.proxy import FaultProxy, embedded_behind_proxy
 
 BOOTSTRAP_VARIABLE = "STREAM_ADAPT_TEST_BOOTSTRAP"
 BROKER_VARIABLE = "STREAM_ADAPT_TEST_BROKER"
@@ -36,10 +37,11 @@ _CONTAINER_TIMEOUT_S = 120.0
 
 @dataclass(frozen=True, slots=True)
 class RunningBroker:
-    """A broker that answers; `kind` says where it came from."""
+    """A broker that answers; `kind` says where it came from. The embedded one has a listener behind a fault proxy."""
 
     bootstrap_servers: str
     kind: Literal["given", "docker", "embedded"]
+    proxy: FaultProxy | None = None
 
 
 class TopicFactory(Protocol):
@@ -81,6 +83,21 @@ def topic_factory(kafka_broker: RunningBroker) -> Iterator[TopicFactory]:
             deleted.result()
 
 
+@pytest.fixture
+def fault_proxy(kafka_broker: RunningBroker) -> Iterator[FaultProxy]:
+    """The way to the broker on which things can go wrong; without faults before and after the test.
+
+    Clients whose `bootstrap.servers` is the proxy's `address` go through it, others do not. A broker that is not ours
+    does not advertise the proxy's address: with one, the test is skipped.
+    """
+    proxy = kafka_broker.proxy
+    if proxy is None:
+        pytest.skip(f"only the embedded broker advertises a proxy's address, and this one is {kafka_broker.kind}")
+    proxy.clear()
+    yield proxy
+    proxy.clear()
+
+
 @contextlib.contextmanager
 def running_broker() -> Iterator[RunningBroker]:
     """The broker that the environment asks for, for as long as the `with` lasts.
@@ -97,8 +114,8 @@ def running_broker() -> Iterator[RunningBroker]:
         with _container() as address:
             yield RunningBroker(address, "docker")
     elif wanted == "embedded":
-        with EmbeddedKafka() as kafka:
-            yield RunningBroker(kafka.bootstrap_servers, "embedded")
+        with embedded_behind_proxy() as behind:
+            yield RunningBroker(behind.kafka.bootstrap_servers, "embedded", behind.proxy)
     else:
         raise ConfigError(f"{BROKER_VARIABLE}={wanted} is not known: give embedded or docker, or {BOOTSTRAP_VARIABLE}.")
 
