@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from functools import partial
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,12 +20,16 @@ from stream_adapt.learner.rules.kalman.layout import covariance_floats, item_lay
 from stream_adapt.learner.rules.kalman.step import Events, Scores, Screen, Theta
 from stream_adapt.learner.rules.kalman.step import adapt as adapt_compiled
 from stream_adapt.models import Model
-from stream_adapt.record import Adapted, Batch, Flag
+from stream_adapt.record import Adapted, Batch, Flag, Ints, Longs
+from stream_adapt.state.expiry import Expiry
 from stream_adapt.state.overlay import Overlay
 from stream_adapt.state.table import Slots, Table
 
 #: Learns a batch: slab of users, slab of items, events, scores to fill in.
 AdaptRows = Callable[[npt.NDArray[Any], npt.NDArray[Any], Events, Scores], None]
+
+#: Idle users are looked for every so many windows of a partition: few enough looks to cost next to nothing.
+_EXPIRY_WINDOWS = 64
 
 
 class Adapter:
@@ -32,16 +38,28 @@ class Adapter:
     `adapt` changes rows at once; they are the state only after `commit`, and `abort` puts back what they were.
     `device` says what runs the rule: "cpu" or "auto" is the compiled one, "cuda" the batched one on the GPU, and
     "torch-cpu" the batched one on the CPU, which is there to be compared. `screen` says which events teach nothing.
+    `folder` gets the rows, which else lie in memory. Users idle for longer than `ttl_s`, in event time, are dropped;
+    items keep no time, and stay.
     """
 
-    def __init__(self, model: Model, device: str = "auto", screen: Screen = Screen()) -> None:
+    def __init__(
+        self,
+        model: Model,
+        device: str = "auto",
+        screen: Screen = Screen(),
+        *,
+        folder: Path | None = None,
+        ttl_s: float | None = None,
+    ) -> None:
         self.model = model
         self._screen = screen
         self._theta = Theta.of(model.weights)
         spec, fitted = model.spec, model.manifest.fitted
-        self.users = Table(user_layout(spec), self._start_users)
-        self.items = Table(item_layout(spec), self._start_items)
+        self.users = Table(user_layout(spec), self._start_users, folder)
+        self.items = Table(item_layout(spec), self._start_items, folder)
         self.overlay = Overlay(self.users, self.items)
+        every = _EXPIRY_WINDOWS * spec.window
+        self._expiry = Expiry(self.users, self.overlay, ttl_s, every) if ttl_s is not None else None
         self._prior_P = self._packed_prior(covariance_floats(spec))
         self._content = EncodingCache(FeatureReader(fitted, "item"), model.weights.feature_vector)
         self._priors = EncodingCache(FeatureReader(fitted, "user"), model.weights.user_vector)
@@ -50,7 +68,28 @@ class Adapter:
 
     def adapt(self, batch: Batch) -> Adapted:
         """Scores and learns n events in order; rows of users and items first met are started from θ."""
-        return self.learn(self.prepare(batch))
+        if self._expiry is None:
+            return self.learn(self.prepare(batch))
+        due = self._expiry.due(batch.partitions, batch.offsets)
+        said = [self.learn(self.prepare(batch.part(0, due[0][0] if due else len(batch))))]
+        for (start, multiples), (stop, _) in pairwise([*due, (len(batch), 0)]):
+            self._expiry.check(int(batch.partitions[start]), multiples)
+            said.append(self.learn(self.prepare(batch.part(start, stop))))
+        self._expiry.passed(batch.partitions, batch.offsets)
+        return Adapted.joined(said)
+
+    def passed(self, partitions: Ints, offsets: Longs) -> None:
+        """These n records were handled, whether `adapt` saw them or not."""
+        if self._expiry is None:
+            return
+        for at, multiples in self._expiry.due(partitions, offsets):
+            self._expiry.check(int(partitions[at]), multiples)
+        self._expiry.passed(partitions, offsets)
+
+    def resume(self, partition: int, next_offset: int) -> None:
+        """The rows of the partition were loaded; they are those before this offset."""
+        if self._expiry is not None:
+            self._expiry.resume(partition, next_offset)
 
     def prepare(self, batch: Batch) -> Events:
         """Finds or starts the rows of n events, keeps their old bytes, and encodes what the events say."""
@@ -76,10 +115,14 @@ class Adapter:
     def commit(self) -> None:
         """The rows as they are now are the committed state."""
         self.overlay.forget()
+        if self._expiry is not None:
+            self._expiry.commit()
 
     def abort(self) -> None:
         """Back to the rows of the last commit, byte for byte."""
         self.overlay.restore()
+        if self._expiry is not None:
+            self._expiry.abort()
 
     def drop(self, partitions: Collection[int]) -> None:
         """Forgets the rows of partitions that now belong to another member; nothing may be uncommitted."""
@@ -87,6 +130,8 @@ class Adapter:
         for partition in partitions:
             self.users.drop(partition)
             self.items.drop(partition)
+            if self._expiry is not None:
+                self._expiry.drop(partition)
 
     def _rule(self, device: str) -> AdaptRows:
         if device in ("auto", "cpu"):

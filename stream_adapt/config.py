@@ -136,6 +136,21 @@ class ModelSection(_Section):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto serves on the CPU.")
 
 
+class StateSection(_Section):
+    """The rows of users and items."""
+
+    dir: Path | None = Field(
+        None,
+        description="Folder for the rows: those out of use leave the memory. A local disk; nothing is left there "
+        "after the end. Not set: all rows lie in memory.",
+    )
+    ttl_s: Positive | None = Field(
+        None,
+        description="Users idle for longer, in event time, are forgotten; looked for every 64 windows of a partition. "
+        "Longer than input.max_future_s. Not set: never.",
+    )
+
+
 class MetricsSection(_Section):
     """The HTTP port with /metrics, /healthz and /readyz."""
 
@@ -164,6 +179,7 @@ class Config(_Section):
     topics: TopicsSection = Field(default_factory=TopicsSection)
     input: InputSection = Field(default_factory=InputSection)
     model: ModelSection = Field(default_factory=ModelSection)
+    state: StateSection = Field(default_factory=StateSection)
     delivery: Literal["exactly_once", "at_least_once"] = Field(
         "exactly_once", description="at_least_once: no transaction; after a crash some scores come twice."
     )
@@ -180,6 +196,16 @@ class Config(_Section):
             )
         if self.input.latency_ms * 2 >= kafka.transaction_timeout_ms:
             raise ValueError("input.latency_ms must be far below kafka.transaction_timeout_ms")
+        return self
+
+    @model_validator(mode="after")
+    def _idle_is_longer_than_clocks_are_wrong(self) -> Config:
+        ttl_s, ahead_s = self.state.ttl_s, self.input.max_future_s
+        if ttl_s is not None and ttl_s <= ahead_s:
+            raise ValueError(
+                f"state.ttl_s={ttl_s} must be above input.max_future_s={ahead_s}: one event with a wrong clock would "
+                "make everybody idle"
+            )
         return self
 
     def topic(self, what: Literal["events", "scores", "dead_letters"]) -> str:

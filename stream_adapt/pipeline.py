@@ -40,6 +40,7 @@ class Pipeline:
         batch, dead = self.decoder(raw, undeliverable)
         decoded = time.perf_counter()
         adapted = self.adapter.adapt(batch)
+        self.adapter.passed(raw.partitions, raw.offsets)
         learned = time.perf_counter()
         outputs = [self.emitter.scores(batch, adapted)]
         if dead:

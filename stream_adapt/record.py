@@ -152,6 +152,10 @@ class Batch:
     def __len__(self) -> int:
         return len(self.event_ids)
 
+    def part(self, start: int, stop: int) -> Batch:
+        """The events from `start` to `stop`."""
+        return Batch(*(getattr(self, column.name)[start:stop] for column in fields(self)))
+
 
 @dataclass(frozen=True, slots=True)
 class Adapted:
@@ -163,6 +167,11 @@ class Adapted:
     uncertainty: Floats  # standard deviation of the logit before the update
     adaptations: Longs  # of this user so far, this event included if it taught
     flags: npt.NDArray[np.uint8]  # bits of Flag
+
+    @classmethod
+    def joined(cls, parts: Sequence[Adapted]) -> Adapted:
+        """What was said of the parts of a batch, as one."""
+        return parts[0] if len(parts) == 1 else _joined(cls, parts)
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,7 +207,7 @@ class Work:
         return cls(
             [block for part in parts for block in part.outputs],
             _joined(Batch, [part.batch for part in parts]),
-            _joined(Adapted, [part.adapted for part in parts]),
+            Adapted.joined([part.adapted for part in parts]),
             [letter for part in parts for letter in part.dead_letters],
             sum(part.seconds for part in parts),
         )

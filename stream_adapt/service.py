@@ -178,7 +178,7 @@ def build_pipeline(config: Config, model: Model, topics: TopicNames) -> Pipeline
     limits = Limits(config.input.max_bytes, config.input.max_future_s, config.input.check_key)
     return Pipeline(
         Decoder(model.spec.features, model.spec.feedback, limits),
-        Adapter(model, config.model.device),
+        Adapter(model, config.model.device, folder=config.state.dir, ttl_s=config.state.ttl_s),
         Emitter(topics, model.version, model.spec.feedback.target_level),
     )
 

@@ -103,6 +103,8 @@ def _nameless_file(folder: Path | None) -> int:
     if folder is None and sys.platform == "linux":
         return os.memfd_create("stream-adapt-rows")
     try:
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             return os.dup(file.fileno())
     except OSError as error:

@@ -29,12 +29,14 @@ class Table:
 
     A partition's rows lie in extents of its own, which are given back when it is dropped. `start` fills m new rows,
     which are zero: it gets the slab, their slots `[m]` and their ids. `created` has the slots of what was inserted
-    since `forget_touched()`, so that an abort can take it out again. Without a folder the slab lies in memory.
+    since `forget_touched()`, so that an abort can take it out again. Without a folder the slab lies in memory. Where
+    the layout has `last_ms`, the time of a row's last event, `idle` finds rows by it.
     """
 
     def __init__(self, layout: Layout, start: Start, folder: Path | None = None) -> None:
         self.layout = layout
         self.created: list[int] = []
+        self.expired = 0  # rows dropped because they were idle
         self._start = start
         self._extent = max(1, _EXTENT_BYTES // layout.row_bytes)  # rows
         capacity = _FIRST_EXTENTS * self._extent
@@ -43,6 +45,8 @@ class Table:
         self.partition_of: npt.NDArray[np.int32] = np.full(capacity, _FREE, dtype=np.int32)  # by slot; -1: no row
         self._touched_in: Slots = np.zeros(capacity, dtype=np.int64)  # by slot: its last round
         self._round = 1
+        self._times: Slots = np.zeros(0, dtype=np.int64)  # by slot: last_ms when `idle` or `load` saw it
+        self._seen_in: dict[int, int] = {}  # by partition: round of the last `idle`
         self._index: dict[int, dict[str, int]] = {}
         self._free: dict[int, list[int]] = {}  # by partition: slots without a row in its extents
         self._extents: dict[int, list[int]] = {}  # by partition
@@ -114,7 +118,10 @@ class Table:
         index = self._index.setdefault(partition, {})
         new = [row_id for row_id in ids if row_id not in index] if index else ids
         self._link(partition, new)
-        self.rows[np.fromiter(map(index.__getitem__, ids), np.int64, len(ids))] = rows
+        slots = np.fromiter(map(index.__getitem__, ids), np.int64, len(ids))
+        self.rows[slots] = rows
+        if len(self._times):
+            self._times[slots] = rows["last_ms"]
 
     def remove(self, partition: int, row_id: str) -> None:
         """Drops a row for good; its slot is used again. Inside a transaction: `Overlay.remove`.
@@ -133,7 +140,27 @@ class Table:
             self._slab.release(first, end)
             self._spare.append(extent)
         self._free.pop(partition, None)
+        self._seen_in.pop(partition, None)
         return len(self._index.pop(partition, {}))
+
+    def idle(self, partition: int, ttl_ms: int, most: int) -> list[str]:
+        """Ids of the partition's rows, at most so many, whose `last_ms` is over `ttl_ms` before the newest one's.
+
+        The oldest come first in line, of equally old ones the least ids. Only rows that were touched since the last
+        call are read: the others may lie on the disk, and stay there.
+        """
+        slots = self._occupied_by(partition)
+        if not len(slots):
+            return []
+        self._note_times(partition, slots)
+        times = self._times[slots]
+        idle = times < times.max() - ttl_ms
+        slots, times = slots[idle], times[idle]
+        if len(slots) <= most:
+            return self.ids[slots].tolist()
+        last = np.partition(times, most)[most]
+        sooner = self.ids[slots[times < last]].tolist()
+        return [*sooner, *sorted(self.ids[slots[times == last]])[: most - len(sooner)]]
 
     def first_touched(self, slots: Slots) -> Slots:
         """Those of the slots `[n]` that were neither asked about nor created since `forget_touched`, each once."""
@@ -158,6 +185,17 @@ class Table:
     def free(self, partition: int, slot: int) -> None:
         """Lets a slot of the partition's extents be used again."""
         self._free[partition].append(slot)
+
+    def _occupied_by(self, partition: int) -> Slots:
+        extents = np.array(self._extents.get(partition, []), dtype=np.int64)
+        return occupied(self, (extents[:, None] * self._extent + np.arange(self._extent)).ravel())
+
+    def _note_times(self, partition: int, slots: Slots) -> None:
+        if not len(self._times):
+            self._times = np.zeros(len(self.rows), dtype=np.int64)
+        changed = slots[self._touched_in[slots] >= self._seen_in.get(partition, 0)]
+        self._times[changed] = self.rows["last_ms"][changed]
+        self._seen_in[partition] = self._round
 
     def _insert(self, partition: int, row_ids: list[str]) -> None:
         """Starts m rows that are not there yet."""
@@ -208,6 +246,8 @@ class Table:
         self.ids = np.concatenate([self.ids, np.empty(more, dtype=object)])
         self.partition_of = np.concatenate([self.partition_of, np.full(more, _FREE, dtype=np.int32)])
         self._touched_in = np.concatenate([self._touched_in, np.zeros(more, dtype=np.int64)])
+        if len(self._times):
+            self._times = np.concatenate([self._times, np.zeros(more, dtype=np.int64)])
 
 
 def occupied(table: Table, slots: Iterable[int] | Slots) -> Slots:

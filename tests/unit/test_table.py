@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import resource
+import signal
+import subprocess
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from stream_adapt.errors import StateFull
+from stream_adapt.state.overlay import Overlay
 from stream_adapt.state.row import Field, Kind, Layout
 from stream_adapt.state.table import Slots, Table
 
@@ -120,3 +126,66 @@ def test_nothing_is_left_in_the_folder(tmp_path: Path) -> None:
     table = Table(LAYOUT, start, tmp_path)
     table.slots([0], ["a"])
     assert [] == list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 8 MiB."""
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=8m", "tmpfs", str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a file system may not be mounted here: {mounted.stderr.strip()}")
+    yield tmp_path
+    subprocess.run(["umount", "--lazy", str(tmp_path)], check=True)
+
+
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def fill(table: Table) -> None:
+    """Rows until there is no more room, committed before that."""
+    overlay = Overlay(table)
+    with pytest.raises(StateFull) as refused:
+        for k in range(100):
+            names = [f"user-{k}-{i}" for i in range(10_000)]
+            slots = table.slots([k % 2] * len(names), names)
+            overlay.keep(table, slots)
+            table.rows["mark"][slots] = k
+            overlay.forget()
+    overlay.restore()
+    assert k > 2
+    assert 10_000 * k == len(table)
+    for partition in (0, 1):
+        assert all(int(name.split("-")[1]) == mark for name, mark in marks(table, partition).items())
+    for words in ("state.dir=", "more bytes", "free there", "To do:", "state.ttl_s"):
+        assert words in str(refused.value)
+    assert 3 == refused.value.exit_code
+
+
+def test_a_full_disk_is_an_error_that_says_what_to_do_and_takes_no_row_away(small_disk: Path) -> None:
+    table = Table(LAYOUT, start, small_disk)
+    fill(table)
+    with pytest.raises(StateFull, match=str(small_disk)):
+        table.load(9, [f"{i}" for i in range(500_000)], marked(*range(500_000)))
+    table.drop(0)
+    table.slots([2] * 10_000, [f"{i}" for i in range(10_000)])  # in what was given back
+
+
+def test_a_limit_on_the_size_of_files_is_the_same(tmp_path: Path) -> None:
+    assert signal.SIG_IGN == signal.getsignal(signal.SIGXFSZ)
+    with files_up_to(8 << 20):
+        fill(Table(LAYOUT, start, tmp_path))
+
+
+def test_a_folder_that_cannot_be_had_is_an_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StateFull, match="file/rows"):
+        Table(LAYOUT, start, tmp_path / "file" / "rows")
