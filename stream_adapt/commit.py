@@ -115,7 +115,7 @@ class ExactlyOnce:
 
         Raises:
             Fenced: another instance took our transactional.id twice in a row.
-            KafkaRefused: the broker refuses in a way that trying again does not heal.
+            KafkaRefused: no producer can be had.
         """
         try:
             # 1. A producer that no delayed request can reach.
@@ -158,32 +158,29 @@ class ExactlyOnce:
     def _abort(self, error: Abort, next_offsets: Mapping[int, int]) -> Outcome:
         log.warning("transaction aborted", reason=str(error))
         refused = error if isinstance(error, Undeliverable) else None
+        outcome = Outcome.ABORTED
         try:
             self._producer.abort()
         except ProducerError as failed:
+            # A commit that was answered with an error may have been done all the same: then there is nothing to abort.
             lost = failed if isinstance(failed, Lost) else Lost(str(failed))
-            self._recover(lost, next_offsets, may_have_committed=False)
+            outcome = self._recover(lost, next_offsets)
         if refused is not None:
             # After a refused record the next transaction of the same producer fails for its sequence numbers.
             self._replace()
             self._refusals.note(refused, self._producer)
-        return Outcome.ABORTED
+        return outcome
 
-    def _recover(self, error: Lost, next_offsets: Mapping[int, int], *, may_have_committed: bool = True) -> Outcome:
+    def _recover(self, error: Lost, next_offsets: Mapping[int, int]) -> Outcome:
         log.warning("producer lost", transactional_id=self._id, reason=str(error))
         if isinstance(error, FencedOff):
             self._note_fencing(error)
         self._replace()
-        if not may_have_committed:
-            return Outcome.ABORTED
         committed = self._group.committed(next_offsets)
-        reached = [committed.get(p, -1) >= o for p, o in next_offsets.items()]
-        if any(reached) and not all(reached):
-            raise KafkaRefused(
-                f"{self._group.topic}: committed offsets {committed} are neither before nor after the transaction's "
-                f"{dict(next_offsets)}: another program commits for this group; stop it"
-            )
-        return Outcome.RECOVERED if reached and all(reached) else Outcome.ABORTED
+        # All or nothing: where one partition has not got there, it was not this transaction that moved the others, but
+        # the member that has them now.
+        reached = all(committed.get(p, -1) >= o for p, o in next_offsets.items())
+        return Outcome.RECOVERED if next_offsets and reached else Outcome.ABORTED
 
     def _note_fencing(self, error: FencedOff) -> None:
         now = time.monotonic()

@@ -106,6 +106,7 @@ class OutputProducer:
         transactional_id: str | None,
         socket_timeout_s: float,
         deadline_s: float,
+        client: Callable[..., Producer] = Producer,
     ) -> None:
         self.careful = False
         self.suspect = False
@@ -125,7 +126,7 @@ class OutputProducer:
         }
         if transactional_id is not None:
             settings["transactional.id"] = transactional_id
-        self._producer = Producer(settings, logger=logging.getLogger("librdkafka"))
+        self._producer = client(settings, logger=logging.getLogger("librdkafka"))
         if transactional_id is not None:
             self._call("init_transactions", self._producer.init_transactions)
 

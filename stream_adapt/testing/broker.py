@@ -31,6 +31,11 @@ from stream_adapt.testing.proxy import FaultProxy, embedded_behind_proxy
 BOOTSTRAP_VARIABLE = "STREAM_ADAPT_TEST_BOOTSTRAP"
 BROKER_VARIABLE = "STREAM_ADAPT_TEST_BROKER"
 
+#: Tests of what happens after a timeout need not wait for the long ones that are usual.
+_IMPATIENT = {
+    "group.min.session.timeout.ms": "1000",
+    "transaction.abort.timed.out.transaction.cleanup.interval.ms": "500",
+}
 _CONTAINER_PORT = 9092
 _CONTAINER_TIMEOUT_S = 120.0
 
@@ -114,7 +119,7 @@ def running_broker() -> Iterator[RunningBroker]:
         with _container() as address:
             yield RunningBroker(address, "docker")
     elif wanted == "embedded":
-        with embedded_behind_proxy() as behind:
+        with embedded_behind_proxy(properties=_IMPATIENT) as behind:
             yield RunningBroker(behind.kafka.bootstrap_servers, "embedded", behind.proxy)
     else:
         raise ConfigError(f"{BROKER_VARIABLE}={wanted} is not known: give embedded or docker, or {BOOTSTRAP_VARIABLE}.")
@@ -209,6 +214,7 @@ def _container() -> Iterator[str]:
 def _container_settings(advertised: str) -> dict[str, str]:
     return {
         **SINGLE_NODE,
+        **_IMPATIENT,
         "listeners": f"PLAINTEXT://:{_CONTAINER_PORT},CONTROLLER://:9093",
         "advertised.listeners": f"PLAINTEXT://{advertised}",
         "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",

@@ -248,9 +248,8 @@ def test_a_frame_that_is_not_kafkas_is_told_to_whoever_clears_or_closes(kafka_br
 def test_a_client_sees_a_reset_while_there_is_no_broker() -> None:
     with socket.create_server(("127.0.0.1", 0)) as nobody:
         port = nobody.getsockname()[1]
-    with FaultProxy("127.0.0.1", port) as proxy, socket.create_connection(("127.0.0.1", proxy.port)) as waiting:
-        with pytest.raises(ConnectionError):
-            waiting.recv(1)
+    with FaultProxy("127.0.0.1", port) as proxy, pytest.raises(ConnectionError):
+        socket.create_connection(("127.0.0.1", proxy.port)).recv(1)
 
 
 def test_errors_of_other_requests_cannot_be_set(fault_proxy: FaultProxy) -> None:

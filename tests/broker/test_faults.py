@@ -1,0 +1,403 @@
+"""Faults on a real broker: whatever happens to members, connections and topics, every event has one output.
+
+`tests/faults.py` lists all faults with where each is tested. Those between client and broker are injected while one
+member runs on and on; it has to come through all of them.
+"""
+
+from __future__ import annotations
+
+import json
+import signal
+import socket
+import subprocess
+import threading
+import time
+import urllib.request
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+from broker_app import ITEMS, STARS, App, event
+from confluent_kafka import KafkaError, Producer, TopicPartition
+from confluent_kafka.admin import AdminClient, NewPartitions
+
+from stream_adapt.kafka.topics import create_topics, product_topics
+from stream_adapt.models import LearnerSpec
+from stream_adapt.testing.broker import RunningBroker
+from stream_adapt.testing.model import random_model
+from stream_adapt.testing.proxy import (
+    Api,
+    Close,
+    Cut,
+    Delay,
+    Drop,
+    Fail,
+    Fault,
+    FaultProxy,
+    HalfOpen,
+    Hold,
+    Injected,
+    Match,
+    Refuse,
+    Trickle,
+)
+
+pytestmark = pytest.mark.broker
+
+SESSION_S, TRANSACTION_S, SOCKET_S = 4.0, 3.0, 2.0
+#: Events before and while something goes wrong.
+COUNT = 600
+
+
+def ids(scores: list[dict[str, Any]]) -> Counter[str]:
+    return Counter(score["event_id"] for score in scores)
+
+
+def once(count: int) -> Counter[str]:
+    return Counter(f"e{n}" for n in range(count))
+
+
+@dataclass
+class Stream:
+    """An application whose members reach the broker through the proxy, and what has been sent to it."""
+
+    app: App
+    proxy: FaultProxy
+    sent: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+
+    def config(self, instance: str = "0", **kafka: Any) -> Any:
+        """A member's configuration: every time-out short."""
+        settings = {
+            "bootstrap_servers": self.proxy.address,
+            "session_timeout_ms": int(1000 * SESSION_S),
+            "transaction_timeout_ms": int(1000 * TRANSACTION_S),
+            "properties": {
+                "socket.timeout.ms": int(1000 * SOCKET_S),
+                "reconnect.backoff.max.ms": 500,
+                "heartbeat.interval.ms": 500,
+            },
+            **kafka,
+        }
+        return self.app.config(instance, kafka=settings, input={"max_batch": 200, "latency_ms": 20})
+
+    def start(self, instance: str = "0", **kafka: Any) -> subprocess.Popen[bytes]:
+        return self.app.start(config=self.config(instance, **kafka))
+
+    def send(self, count: int = COUNT) -> None:
+        self.app.produce(event(n) for n in range(self.sent, self.sent + count))
+        self.sent += count
+
+    def inject(self, fault: type[Fault] | Any, api: Api, instance: str = "*", **options: Any) -> Injected:
+        """A fault for the next request of one kind that a member of this application sends."""
+        return self.proxy.inject(fault(Match(api, f"{self.app.name}.{instance}", count=1), **options))
+
+    def arrived(self, timeout_s: float = 60.0) -> None:
+        """Every event that was sent has exactly one score."""
+        assert ids(self.app.wait_for_outputs(self.sent, timeout_s)) == once(self.sent)
+
+
+@pytest.fixture
+def stream(make_app: Callable[..., App], fault_proxy: FaultProxy) -> Stream:
+    """An application with two partitions and no member yet."""
+    return Stream(make_app(partitions=2), fault_proxy)
+
+
+@pytest.fixture(scope="module")
+def _endless(kafka_broker: RunningBroker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stream]:
+    if kafka_broker.proxy is None:
+        pytest.skip(f"only the embedded broker advertises a proxy's address, and this one is {kafka_broker.kind}")
+    app = App(f"app-{uuid.uuid4().hex[:8]}", kafka_broker, tmp_path_factory.mktemp("endless"), 2)
+    random_model(app.folder / "models", LearnerSpec(feedback=STARS), ITEMS)
+    create_topics({"bootstrap.servers": kafka_broker.bootstrap_servers}, product_topics(app.name, 2, 1))
+    stream = Stream(app, kafka_broker.proxy)
+    stream.start()
+    stream.send()
+    stream.arrived()
+    yield stream
+    app.end()
+
+
+@pytest.fixture
+def endless(_endless: Stream, fault_proxy: FaultProxy) -> Stream:
+    """An application whose one member has come through all faults so far, and has scored all that was sent."""
+    assert _endless.app.members[0].poll() is None, _endless.app.log()[-3000:]
+    return _endless
+
+
+# Between client and broker.
+
+#: Name → fault, and how long it lasts after it first did something.
+CONNECTIONS: dict[str, tuple[Fault, float]] = {
+    "EndTxn lost": (Drop(Match(Api.END_TXN, count=1)), 0),
+    "EndTxn answer lost": (Drop(Match(Api.END_TXN, count=1), "response"), 0),
+    "EndTxn answered by closing": (Close(Match(Api.END_TXN, count=1), "response"), 0),
+    "EndTxn delayed into the next transaction": (Delay(Match(Api.END_TXN, count=1), SOCKET_S + 0.5), SOCKET_S + 1),
+    "EndTxn held past the transaction timeout": (Hold(Match(Api.END_TXN)), TRANSACTION_S + 2),
+    "commit done but answered with a time-out": (
+        Fail(Match(Api.END_TXN, count=1), KafkaError.REQUEST_TIMED_OUT, "response"),
+        0,
+    ),
+    "commit answered as fenced": (Fail(Match(Api.END_TXN, count=1), KafkaError.INVALID_PRODUCER_EPOCH), 0),
+    "transaction aborted by the broker": (Fail(Match(Api.PRODUCE, count=1), KafkaError.TRANSACTION_ABORTABLE), 0),
+    "offsets lost": (Drop(Match(Api.TXN_OFFSET_COMMIT, count=1)), 0),
+    "offsets' answer lost": (Drop(Match(Api.TXN_OFFSET_COMMIT, count=1), "response"), 0),
+    "offsets of an old generation": (Fail(Match(Api.TXN_OFFSET_COMMIT, count=1), KafkaError.ILLEGAL_GENERATION), 0),
+    "coordinator moves": (Fail(Match(Api.TXN_OFFSET_COMMIT, count=3), KafkaError.NOT_COORDINATOR), 0),
+    "coordinator disconnects": (Close(Match(Api.END_TXN, count=2), reset=True), 0),
+    "records' answer lost": (Drop(Match(Api.PRODUCE, count=1), "response"), 0),
+    "records late past the transaction timeout": (Hold(Match(Api.PRODUCE)), TRANSACTION_S + 2),
+    "fetch answers late": (Delay(Match(Api.FETCH, count=3), 1.0, "response"), 0),
+    "heartbeats lost past the session timeout": (Drop(Match(Api.HEARTBEAT)), SESSION_S + 1),
+    "poll interval exceeded": (Hold(Match(Api.TXN_OFFSET_COMMIT)), SESSION_S + 2),
+    "connections cut": (Cut(), 0),
+    "connections reset": (Cut(reset=True), 0),
+    "connections half-open": (HalfOpen(), 1),
+    "broker out of reach": (HalfOpen(new_too=True), SOCKET_S + 2),
+    "one byte a second": (Trickle(bytes_per_s=1), 4),
+    "connections refused": (Refuse(), 0),
+}
+
+
+@pytest.mark.parametrize("name", CONNECTIONS)
+def test_a_fault_on_the_way_to_the_broker_is_survived(endless: Stream, name: str) -> None:
+    fault, lasts_s = CONNECTIONS[name]
+    injected = endless.proxy.inject(fault)
+    if isinstance(fault, Refuse):
+        endless.proxy.inject(Cut())
+    endless.send()
+    injected.wait()
+    time.sleep(lasts_s)
+    injected.lift()
+    endless.arrived()
+
+
+def test_a_late_end_of_a_transaction_does_not_meet_the_next_one(endless: Stream) -> None:
+    """Rule 8: after a commit that may have been sent twice the next transaction begins on a new producer."""
+    late = endless.inject(Hold, Api.END_TXN)
+    endless.send(50)
+    late.wait()
+    endless.arrived()  # by the second copy
+    half_done = endless.inject(Hold, Api.TXN_OFFSET_COMMIT)
+    endless.send(50)
+    half_done.wait()
+    late.lift()
+    time.sleep(0.5)
+    half_done.lift()
+    endless.arrived()
+
+
+# To members.
+
+
+@pytest.mark.parametrize("at", ["request", "response"], ids=["before", "after"])
+@pytest.mark.parametrize("api", [Api.PRODUCE, Api.TXN_OFFSET_COMMIT, Api.END_TXN], ids=lambda api: api.name)
+def test_kill_9(stream: Stream, api: Api, at: str) -> None:
+    """Before: the broker never hears of it. After: it has done it, and the member does not live to know."""
+    stream.send()
+    lost = stream.inject(Drop if at == "request" else Hold, api, at=at)
+    first = stream.start()
+    lost.wait()
+    assert stream.app.stop(first, signal.SIGKILL) == -signal.SIGKILL
+    lost.lift()
+    stream.start()
+    stream.arrived()
+
+
+def test_an_output_under_way_when_its_member_was_killed_comes_too_late(stream: Stream) -> None:
+    """EndTxn is held, another instance takes over, and then it is let go."""
+    stream.send()
+    held = stream.inject(Hold, Api.END_TXN, "a")
+    first = stream.start("a")
+    held.wait()
+    assert stream.app.stop(first, signal.SIGKILL) == -signal.SIGKILL
+    stream.start("b")
+    stream.arrived()
+    held.lift()
+    stream.send()
+    stream.arrived()
+
+
+@pytest.mark.parametrize("stopped_s", [TRANSACTION_S + 0.5, SESSION_S + 2], ids=["transaction", "session"])
+@pytest.mark.parametrize("api", [Api.PRODUCE, Api.END_TXN], ids=lambda api: api.name)
+def test_a_member_that_stood_still_past_a_timeout_goes_on(stream: Stream, api: Api, stopped_s: float) -> None:
+    """SIGSTOP in the middle of a transaction, and another member that takes over if the session is over."""
+    stream.send()
+    held = stream.inject(Hold, api, "a")
+    first = stream.start("a")
+    held.wait()
+    first.send_signal(signal.SIGSTOP)
+    held.lift()
+    second = stream.start("b")
+    time.sleep(stopped_s)
+    first.send_signal(signal.SIGCONT)
+    stream.send()
+    stream.arrived()
+    assert [stream.app.stop(first), stream.app.stop(second)] == [0, 0], stream.app.log()[-3000:]
+
+
+def test_members_join_and_leave_in_a_loop(stream: Stream) -> None:
+    first = stream.start("a")
+    for _ in range(3):
+        stream.send()
+        held = stream.inject(Delay, Api.TXN_OFFSET_COMMIT, "a", seconds=0.5)
+        second = stream.start("b")
+        stream.send()
+        held.wait()
+        stream.arrived()
+        assert stream.app.stop(second) == 0, stream.app.log()[-3000:]
+    assert stream.app.stop(first) == 0, stream.app.log()[-3000:]
+
+
+def test_sigterm_during_a_commit_finishes_it(stream: Stream) -> None:
+    stream.send(100)
+    held = stream.inject(Hold, Api.END_TXN)
+    member = stream.start()
+    held.wait()
+    member.send_signal(signal.SIGTERM)
+    with pytest.raises(subprocess.TimeoutExpired):
+        member.wait(0.5)
+    held.lift()
+    assert member.wait(20) == 0, stream.app.log()[-3000:]
+    stream.start()
+    stream.arrived()
+
+
+def test_a_second_sigterm_during_a_commit_stops_at_once(stream: Stream) -> None:
+    stream.send(100)
+    held = stream.proxy.inject(Hold(Match(Api.END_TXN)))
+    member = stream.start()
+    held.wait()
+    member.send_signal(signal.SIGTERM)
+    member.send_signal(signal.SIGTERM)
+    assert member.wait(20) == 128 + signal.SIGTERM, stream.app.log()[-3000:]
+    held.lift()
+    stream.start()
+    stream.arrived()
+
+
+def test_a_full_local_queue_is_waited_for(stream: Stream) -> None:
+    stream.send()
+    late = stream.proxy.inject(Delay(Match(Api.PRODUCE, count=2), 0.5))
+    stream.start(producer={"queue.buffering.max.messages": 50})
+    stream.arrived()
+    assert late.hits == 2
+
+
+def test_an_open_upstream_transaction_is_waited_for(stream: Stream) -> None:
+    bootstrap = stream.app.broker.bootstrap_servers
+    upstream = Producer({"bootstrap.servers": bootstrap, "transactional.id": f"{stream.app.name}.upstream"})
+    upstream.init_transactions(30)
+    stream.start()
+    stream.send(10)
+    stream.arrived()
+    upstream.begin_transaction()
+    for n in range(stream.sent, stream.sent + 20):
+        upstream.produce(f"{stream.app.name}.events", json.dumps(event(n, "ann")), "ann")
+    upstream.flush(10)
+    time.sleep(1)
+    assert ids(stream.app.scores()) == once(stream.sent)
+    upstream.commit_transaction(30)
+    stream.sent += 20
+    stream.arrived()
+
+
+# To topics and groups.
+
+
+def test_a_committed_offset_that_retention_has_passed_is_refused(stream: Stream) -> None:
+    stream.send()
+    member = stream.start()
+    stream.arrived()
+    assert stream.app.stop(member) == 0
+    stream.send()
+    admin = AdminClient({"bootstrap.servers": stream.app.broker.bootstrap_servers})
+    ends = [TopicPartition(f"{stream.app.name}.events", p, -1) for p in range(2)]
+    for deleted in admin.delete_records(ends).values():
+        deleted.result()
+    again = stream.start()
+    assert again.wait(30) == 3
+    assert "set the group's offsets by hand" in stream.app.log()
+
+
+def test_a_topic_that_was_made_anew_is_refused(stream: Stream) -> None:
+    stream.send()
+    member = stream.start()
+    stream.arrived()
+    assert stream.app.stop(member) == 0
+    admin = AdminClient({"bootstrap.servers": stream.app.broker.bootstrap_servers})
+    for deleted in admin.delete_topics([f"{stream.app.name}.events"], operation_timeout=30).values():
+        deleted.result()
+    specs = [spec for spec in product_topics(stream.app.name, 2, 1) if spec.name.endswith(".events")]
+    create_topics({"bootstrap.servers": stream.app.broker.bootstrap_servers}, specs)
+    again = stream.start()
+    assert again.wait(30) == 3
+    assert "made anew" in stream.app.log()
+
+
+def test_events_in_partitions_that_were_added_are_scored(stream: Stream) -> None:
+    stream.start(consumer={"topic.metadata.refresh.interval.ms": 1000})
+    stream.send()
+    stream.arrived()
+    admin = AdminClient({"bootstrap.servers": stream.app.broker.bootstrap_servers})
+    for added in admin.create_partitions([NewPartitions(f"{stream.app.name}.events", 4)]).values():
+        added.result()
+    stream.send()
+    stream.arrived()
+
+
+def test_a_dead_letter_topic_that_disappears_stops_the_stream_and_drops_nothing(stream: Stream) -> None:
+    stream.start()
+    stream.send(50)
+    stream.arrived()
+    admin = AdminClient({"bootstrap.servers": stream.app.broker.bootstrap_servers})
+    for deleted in admin.delete_topics([f"{stream.app.name}.dead-letters"], operation_timeout=30).values():
+        deleted.result()
+    stream.app.produce_raw([(b"u", b"nope")], partition=0)
+    stream.app.produce_raw([(b"u", json.dumps(event(50, "u")).encode())], partition=0)
+    deadline = time.monotonic() + 40
+    while "dead-letters" not in stream.app.log().split("transaction aborted", 1)[-1]:
+        assert time.monotonic() < deadline, stream.app.log()[-3000:]
+        time.sleep(0.2)
+    assert ids(stream.app.scores()) == once(50)
+    specs = [spec for spec in product_topics(stream.app.name, 2, 1) if spec.name.endswith(".dead-letters")]
+    create_topics({"bootstrap.servers": stream.app.broker.bootstrap_servers}, specs)
+    assert ids(stream.app.wait_for_outputs(52)) == once(51)
+    assert len(stream.app.dead_letters()) == 1
+
+
+# To the metrics.
+
+
+def test_a_hundred_scrapes_at_once_are_answered_and_disturb_nothing(stream: Stream) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    path = stream.config()
+    path.write_text(path.read_text().replace("port: 0", f"port: {port}"))
+    stream.app.start(config=path)
+    stream.send()
+    stream.arrived()
+    feeding = threading.Thread(target=stream.send, args=(5_000,))
+    feeding.start()
+
+    def scrape(_: int) -> bytes:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+            return bytes(answer.read())
+
+    with ThreadPoolExecutor(100) as scrapers:
+        pages = list(scrapers.map(scrape, range(100)))
+    assert all(b"stream_adapt_events_total" in page for page in pages)
+    feeding.join()
+    stream.arrived()
+
+
+def test_a_metrics_port_that_is_taken_is_refused_before_anything_is_read(stream: Stream) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        path = stream.config()
+        path.write_text(path.read_text().replace("port: 0", f"port: {taken.getsockname()[1]}"))
+        assert stream.app.start(config=path).wait(30) == 2
+    assert "metrics.port" in stream.app.log()

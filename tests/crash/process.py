@@ -1,0 +1,178 @@
+"""The real loop over the scripted broker: processes that die and are started again, and what must hold at the end."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import msgspec
+from learner_streams import random_model
+
+from stream_adapt.adapt import Adapter
+from stream_adapt.commit import ExactlyOnce
+from stream_adapt.decode import Decoder
+from stream_adapt.emit import Emitter
+from stream_adapt.errors import Fenced, KafkaRefused
+from stream_adapt.kafka.consumer import RebalanceListener
+from stream_adapt.kafka.producer import OutputProducer
+from stream_adapt.pipeline import Pipeline
+from stream_adapt.record import TopicNames
+from stream_adapt.runner import Observers, Pace, Runner
+from stream_adapt.testing.clocks import SettableClock
+from stream_adapt.testing.scripted import Crash, Effect, Killed, Point, Record, ScriptedBroker, ScriptedConsumer
+
+TOPICS = TopicNames("events", "scores", "dead-letters")
+MODEL = random_model("diagonal")
+FENCE_WINDOW_S = 15.0
+#: No script is so long that a member would have to be started more often.
+MOST_STARTS = 40
+#: Nor does a member need more turns than this without getting on: then it is stuck.
+MOST_TURNS = 400
+
+NOT_JSON: Record = (b"u", b"nope")
+
+
+def record(number: int, user: str) -> Record:
+    """A valid event."""
+    event = {"event_id": f"e{number}", "user_id": user, "item_id": f"i{number % 5}", "event_type": "rating"}
+    return user.encode(), msgspec.json.encode({**event, "timestamp": 1000 * number, "label": 1 + number % 5})
+
+
+def records(count: int, partitions: int = 2) -> dict[int, list[Record]]:
+    """Events and, here and there, something that is none; by partition, every user in one of them."""
+    inputs: dict[int, list[Record]] = {p: [] for p in range(partitions)}
+    for number in range(count):
+        bad = number % 11 == 10
+        inputs[number % partitions].append(NOT_JSON if bad else record(number, f"u{number % 6}"))
+    return inputs
+
+
+class Process:
+    """One start of `stream-adapt run`, as far as the loop goes."""
+
+    def __init__(self, broker: ScriptedBroker, cuts: Sequence[int], instance: str, clock: SettableClock) -> None:
+        self.adapter = Adapter(MODEL)
+        decoder = Decoder(MODEL.spec.features, MODEL.spec.feedback, now_ms=clock.now_ms)
+        emitter = Emitter(TOPICS, "v1", MODEL.spec.feedback.target_level, now_ms=clock.now_ms)
+        listener = RebalanceListener(lambda p: self.runner.assigned(p), lambda p: self.runner.revoked(p))
+        consumer = ScriptedConsumer(broker, TOPICS.events, cuts, listener)
+
+        def make_producer() -> OutputProducer:
+            return OutputProducer(
+                {}, transactional_id=instance, socket_timeout_s=60, deadline_s=0.02, client=broker.client
+            )
+
+        delivery = ExactlyOnce(make_producer, consumer, transactional_id=instance, fence_window_s=FENCE_WINDOW_S)
+        pipeline = Pipeline(decoder, self.adapter, emitter)
+        self.runner = Runner(consumer, pipeline, delivery, Observers(), Pace(), clock=clock)  # type: ignore[arg-type]
+
+
+@dataclass
+class Deployment:
+    """Members that take turns, until the input is consumed; one that dies is started again.
+
+    There is one member, `app.0`. While it stands still `app.1` takes over and does `meanwhile_turns` turns of its own;
+    after that both live.
+    """
+
+    broker: ScriptedBroker
+    cuts: Sequence[int] = (5,)
+    meanwhile_turns: int = 3
+    clock: SettableClock = field(default_factory=SettableClock)
+    members: dict[str, Process] = field(default_factory=dict)
+    starts: int = 0
+    exits: list[int] = field(default_factory=list)
+
+    def run(self) -> None:
+        """Until every record is committed."""
+        self.broker.meanwhile = self._meanwhile
+        self._start("app.0")
+        for _ in range(MOST_TURNS):
+            for instance in list(self.members):
+                self._turn(instance)
+                if self.broker.finished:
+                    return
+        raise AssertionError(f"no end after {MOST_TURNS} turns: {self.broker.offsets}, {self.broker.happened}")
+
+    def _turn(self, instance: str) -> None:
+        with self._dying(instance):
+            self.members[instance].runner.turn()
+
+    def _start(self, instance: str) -> None:
+        self.starts += 1
+        assert self.starts < MOST_STARTS, f"started {self.starts} times, and no end: {self.broker.happened}"
+        with self._dying(instance):
+            self.members[instance] = Process(self.broker, self.cuts, instance, self.clock)
+
+    @contextmanager
+    def _dying(self, instance: str) -> Iterator[None]:
+        try:
+            yield
+        except Killed:
+            self.exits.append(-9)
+            self._start(instance)
+        except (Fenced, KafkaRefused) as error:
+            self.exits.append(error.exit_code)
+            self._start(instance)
+
+    def _meanwhile(self) -> None:
+        """Another instance takes over while this one stands still."""
+        self.broker.meanwhile = lambda: None
+        if "app.1" not in self.members:
+            self._start("app.1")
+        for _ in range(self.meanwhile_turns):
+            self._turn("app.1")
+        self.broker.meanwhile = self._meanwhile
+
+
+def outputs(broker: ScriptedBroker) -> Counter[tuple[int, int]]:
+    """Sources of all visible outputs, and how many each has."""
+    scores = (json.loads(written.value or b"") for written in broker.committed(TOPICS.scores))
+    found = Counter((score["source_partition"], score["source_offset"]) for score in scores)
+    for written in broker.committed(TOPICS.dead_letters):
+        headers = dict(written.headers or [])
+        found[int(headers["stream-adapt.source.partition"]), int(headers["stream-adapt.source.offset"])] += 1
+    return found
+
+
+def once_each(broker: ScriptedBroker) -> Counter[tuple[int, int]]:
+    """What `outputs` should be: one for every input record."""
+    return Counter((p, offset) for p, records in broker.inputs.items() for offset in range(len(records)))
+
+
+def rows(process: Process) -> dict[str, bytes]:
+    """Every row of a member, as bytes."""
+    tables = {"user": process.adapter.users, "item": process.adapter.items}
+    return {
+        f"{kind} {partition} {name}": table.rows[slot].tobytes()
+        for kind, table in tables.items()
+        for partition in (0, 1)
+        for name, slot in table.items(partition)
+    }
+
+
+def survived(
+    crashes: Sequence[Crash], count: int = 40, cuts: Sequence[int] = (5,), meanwhile_turns: int = 3
+) -> Deployment:
+    """Runs a script to its end; every input has one visible output, and a member that never died has a calm one's rows.
+
+    Raises:
+        AssertionError: something was lost, came twice, or is not as in a calm run.
+    """
+    deployment = Deployment(ScriptedBroker(records(count), crashes), cuts, meanwhile_turns)
+    deployment.run()
+    happened = deployment.broker.happened
+    assert once_each(deployment.broker) == outputs(deployment.broker), happened
+    # Only a producer that cannot be had ends a member in order.
+    assert 3 not in deployment.exits or any(crash.point is Point.INIT for crash in happened), happened
+    if deployment.starts == 1:
+        calm = Deployment(ScriptedBroker(records(count)))
+        calm.run()
+        assert rows(calm.members["app.0"]) == rows(deployment.members["app.0"]), happened
+    return deployment
+
+
+__all__ = ["Crash", "Deployment", "Effect", "Point", "once_each", "outputs", "rows", "survived"]

@@ -1,0 +1,51 @@
+"""Crashes as data: whatever happens wherever, every input has one visible output, and the rows are a calm run's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from unittest import mock
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from process import Crash, Effect, Point, survived
+
+from stream_adapt.testing.scripted import POSSIBLE
+
+#: Everything that can happen, at the points where it can.
+EVERYTHING = [(point, effect) for point, effects in POSSIBLE.items() for effect in effects]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_pause() -> Iterator[None]:
+    with mock.patch("stream_adapt.runner.time.sleep"):
+        yield
+
+
+def test_nothing_happens() -> None:
+    deployment = survived([])
+    assert (deployment.starts, deployment.broker.happened) == (1, [])
+
+
+@pytest.mark.parametrize("call", [1, 3])
+@pytest.mark.parametrize(("point", "effect"), EVERYTHING, ids=lambda value: value.name)
+def test_one_crash_is_survived(point: Point, effect: Effect, call: int) -> None:
+    enough = {Point.INIT: 1, Point.ABORT: 1}.get(point, call)  # a calm run has no more of these
+    before = [Crash(Point.PRODUCE, 2, Effect.ABORTABLE)] if point is Point.ABORT else []
+    deployment = survived([*before, Crash(point, enough, effect)])
+    assert effect is deployment.broker.happened[-1].effect
+
+
+crashes = st.sampled_from(EVERYTHING).flatmap(
+    lambda which: st.builds(Crash, st.just(which[0]), st.integers(1, 60), st.just(which[1]))
+)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    st.lists(crashes, max_size=8),
+    st.lists(st.integers(1, 12), min_size=1, max_size=5),
+    st.integers(1, 20),
+)
+def test_any_script_is_survived_however_batches_are_cut(script: list[Crash], cuts: list[int], turns: int) -> None:
+    survived(script, cuts=cuts, meanwhile_turns=turns)
