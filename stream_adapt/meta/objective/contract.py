@@ -75,6 +75,9 @@ class Rule(Protocol):
     def closed_form(self, seen: Sequences) -> Tensor | None:
         """Logits `[B, T]` of every event, learned from those before it; None where the rule has no closed form."""
 
+    def closed_rows(self, seen: Sequences, learned: Tensor, clock_ms: Tensor) -> Rows | None:
+        """Rows of B sequences after the first `learned` `[B]` events of each, at `clock_ms` `[B, T]`; None alike."""
+
 
 class Judged(NamedTuple):
     """Losses of a batch's events, and which of them count."""

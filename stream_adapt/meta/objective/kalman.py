@@ -52,6 +52,33 @@ def predict(sequences: Sequences, prior_variance: Tensor, noise: Tensor, leak: T
     return Predictions(z=sequences.scores - scale * white, v=scale.square() - noise)
 
 
+def posterior(
+    sequences: Sequences, learned: Tensor, prior_variance: Tensor, noise: Tensor, leak: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Fast weights after the first `learned` `[B]` events of each sequence, as of the last of these.
+
+    With X the events' x̃, each times its decay up to the last, and K as above over these events alone:
+
+        d = P₀ Xᵀ (K + σ²I)⁻¹ r        P = P₀ − P₀ Xᵀ (K + σ²I)⁻¹ X P₀
+
+    Returns:
+        d `[B, D+1]` and P `[B, D+1, D+1]`.
+    """
+    first = int(learned.max())
+    clock = (leak[0] + leak[1] * torch.log1p(sequences.gaps[:, :first])).cumsum(1)  # [B, s]
+    taught = (torch.arange(first, device=learned.device) < learned[:, None]).to(clock.dtype)  # [B, s]
+    x = sequences.x[:, :first] * taught[..., None]  # [B, s, D+1]
+    spread = x * prior_variance  # [B, s, D+1] X P₀
+    kernel = torch.exp(-(clock[:, :, None] - clock[:, None, :]).abs()) * (spread @ x.mT)  # [B, s, s]
+    lower = torch.linalg.cholesky(kernel + noise * torch.eye(first, dtype=x.dtype, device=x.device))  # [B, s, s]
+    last = clock.gather(1, (learned - 1).clamp_min(0)[:, None]) if first else clock.sum(1, keepdim=True)  # [B, 1]
+    decayed = spread * torch.exp((clock - last).clamp_max(0.0))[..., None]  # [B, s, D+1]
+    residual = (sequences.scores - sequences.prior)[:, :first] * taught  # [B, s]
+    white = torch.linalg.solve_triangular(lower, torch.cat([decayed, residual[..., None]], 2), upper=False)
+    known, error = white[..., :-1], white[..., -1:]  # [B, s, D+1], [B, s, 1]
+    return (known.mT @ error)[..., 0], torch.diag(prior_variance) - known.mT @ known
+
+
 def predict_frozen(sequences: Sequences, prior_variance: Tensor) -> Predictions:
     """What the prior alone says: the same model without adaptation."""
     return Predictions(z=sequences.prior, v=sequences.x.square() @ prior_variance)
@@ -108,6 +135,14 @@ class Kalman:
     def closed_form(self, seen: Sequences) -> Tensor:
         """Logits `[B, T]`, by one Cholesky factorisation."""
         return logit(predict(seen, self.prior_variance, self.noise, self.leak), self.readout)
+
+    def closed_rows(self, seen: Sequences, learned: Tensor, clock_ms: Tensor) -> Rows:
+        """Rows `[B]`, by one Cholesky factorisation."""
+        d, P = posterior(seen, learned, self.prior_variance, self.noise, self.leak)  # noqa: N806
+        last = clock_ms.gather(1, (learned - 1).clamp_min(0)[:, None])[:, 0]  # [B]
+        row, column = torch.tril_indices(d.shape[1], d.shape[1], device=d.device)
+        rows = batched.init(self._theta, len(learned), full=True, ring=1, dtype=torch.float64)
+        return rows._replace(last_ms=last, count=learned.int(), d=d.double(), P=P[:, row, column].double())
 
     def _logits(self, reading: batched.Reading, events: Events) -> Tensor:
         return logit(Predictions(reading.z, reading.v), self._theta.readout).to(events.prior.dtype)

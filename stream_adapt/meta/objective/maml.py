@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from stream_adapt.meta.objective.contract import Judged, Problem, taken, unroll
+from stream_adapt.meta.objective.contract import Judged, Problem, Rows, taken, unroll
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,9 +33,8 @@ class Maml:
 
     def judge(self, problem: Problem) -> Judged:
         support = self.support_of(problem.seen.lengths)  # [B]
-        learn = torch.arange(int(support.max()), device=support.device) < support[:, None]  # [B, s]
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.first_order):
-            _, rows = unroll(problem, learn)
+            rows = adapted(problem, support)
         places = torch.arange(problem.seen.real.shape[1], device=support.device)  # [T]
         query = problem.seen.real & (places >= support[:, None])  # [B, T]
         at = query.nonzero(as_tuple=True)  # [m], [m]
@@ -47,3 +46,12 @@ class Maml:
         """Support events `[B]` of sequences of these lengths: at least one event is left to judge."""
         asked = lengths * self.support if self.support < 1 else torch.full_like(lengths, self.support)
         return torch.minimum(asked.round().long(), lengths - 1)
+
+
+def adapted(problem: Problem, support: Tensor) -> Rows:
+    """Rows after the first `support` `[B]` events of each sequence: in closed form, or through the updates."""
+    rows = problem.rule.closed_rows(problem.seen, support, problem.clock_ms)
+    if rows is not None:
+        return rows
+    learn = torch.arange(int(support.max()), device=support.device) < support[:, None]  # [B, s]
+    return unroll(problem, learn)[1]
