@@ -55,6 +55,11 @@ class Log:
         """The first n events."""
         return Log(self.users[:n], self.items[:n], self.times_ms[:n], self.levels[:n], self.features[:n])
 
+    def where(self, chosen: npt.NDArray[np.bool_]) -> Log:
+        """The events where `chosen` `[n]`; users keep their numbers."""
+        features = [self.features[i] for i in np.flatnonzero(chosen).tolist()]
+        return Log(self.users[chosen], self.items[chosen], self.times_ms[chosen], self.levels[chosen], features)
+
 
 def read_log(events: Iterable[UserEvent], spec: LearnerSpec) -> Log:
     """Reads events in the order given; those that carry no feedback teach nothing and are left out."""

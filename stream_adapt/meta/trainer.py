@@ -8,17 +8,23 @@ of a training that stops earlier, judged on the events that follow; the weights 
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from stream_adapt.errors import ConfigError, DataError, ModelError
 from stream_adapt.learner.encoder import FittedFeature
-from stream_adapt.meta import sequences
-from stream_adapt.meta.objective import prequential
+from stream_adapt.meta import objective, sequences
+from stream_adapt.meta.objective import kalman
+from stream_adapt.meta.objective.contract import Problem, Sequences
+from stream_adapt.meta.objective.kalman import Kalman
+from stream_adapt.meta.pace import Clock, Pace, Validate, Watch, held_out
 from stream_adapt.meta.sequences import Columns, Log, Vocabulary
 from stream_adapt.models import Floats32, LearnerSpec, SlowWeights
 from stream_adapt.record import UserEvent
@@ -42,7 +48,12 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cooccurrence_items: int = 5_000  # that take part, the most frequent: memory is the square of it
     item_bias_variance: float = 0.2  # V₀
     item_offset_variance: float = 0.05  # of each coordinate
-    validation_share: float = 0.1  # of the events, the last ones; 0: no figures, and half the time
+    validation_share: float = 0.1  # of the events, set aside for figures; 0: no figures, and half the time
+    validate: Validate = "later"  # what is set aside: the last events, or all those of some users
+    patience: int = 0  # epochs without a lower log-loss there after which training stops; 0: it goes on to the end
+    objective: objective.Settings = objective.Settings()
+    accumulate: int = 1  # batches whose gradients make one step
+    seconds: float = 0.0  # time for all trainings together, if `epochs` would take longer; 0: as long as it takes
     seed: int = 0
 
 
@@ -57,15 +68,18 @@ ITEMS_PER_COOCCURRENCE = 40
 
 
 class Trained(msgspec.Struct, frozen=True):
-    """What a training made: θ, the fitted features it reads, and how well it did on events it did not see."""
+    """What a training made: θ, the fitted features it reads, how well it did on events it did not see, and how."""
 
     weights: SlowWeights
     fitted: tuple[FittedFeature, ...]
     figures: dict[str, float]
+    about: dict[str, Any] = {}  # objective, budget, epochs: for the manifest
 
 
 #: Called after each step with the epoch (from 0), the steps done, the steps of all, and the step's loss per event.
 Progress = Callable[[int, int, int, float], None]
+#: Called with an epoch (from 0) and the log-loss, after it, of what was set aside.
+Validated = Callable[[int, float], None]
 
 
 def pretrain(
@@ -74,8 +88,11 @@ def pretrain(
     settings: TrainSettings | None = None,
     device: str = "auto",
     progress: Progress | None = None,
+    validated: Validated | None = None,
+    clock: Clock = time.monotonic,
 ) -> Trained:
-    """Trains θ on events in the order in which service would learn them. On the CPU a seed fixes every bit of it.
+    """Trains θ on events in the order in which service would learn them. On the CPU a seed fixes every bit of it,
+    unless the time budget ends it.
 
     Args:
         events: the log; events without feedback are skipped.
@@ -83,24 +100,38 @@ def pretrain(
         settings: how to train.
         device: auto (CUDA where there is one), cpu or cuda.
         progress: told of every step.
+        validated: told of the log-loss on what was set aside, after every epoch.
+        clock: that the budget is measured by.
 
     Raises:
         DataError: there is too little to learn from.
-        ConfigError: the device is unknown or absent.
+        ConfigError: the device is unknown or absent, or a setting makes no sense.
         ModelError: training diverged.
     """
     settings = settings or TrainSettings()
     log = events if isinstance(events, Log) else sequences.read_log(events, spec)
     _check(log, spec)
     where = torch_device(device)
-    seen = len(log) - round(settings.validation_share * len(log))
-    steps = _Steps(progress, trainings=2 if seen < len(log) else 1)
+    held = held_out(log, settings.validate, settings.validation_share, settings.seed)  # [n]
+    steps = _Steps(progress, trainings=2 if held.any() else 1)
+    each = msgspec.structs.replace(settings, seconds=settings.seconds / steps.left)
     figures: dict[str, float] = {}
-    if seen < len(log):
-        rehearsal, vocabulary = _train(log.head(seen), spec, settings, where, steps)
-        figures = _figures(rehearsal, sequences.encode(log, vocabulary).to(where), seen, settings)
-    parameters, vocabulary = _train(log, spec, settings, where, steps)
-    return Trained(_fold(parameters, vocabulary, settings), vocabulary.fitted, figures)
+    stop_after = settings.epochs
+    if held.any():
+
+        def judge(parameters: Parameters, vocabulary: Vocabulary) -> dict[str, float]:
+            return _figures(parameters, sequences.encode(log, vocabulary).to(where), held, settings)
+
+        watch = Watch(lambda p, v: judge(p, v)["log_loss"], settings.patience, validated)
+        figures = judge(*_train(log.where(~held), spec, each, where, steps, watch=watch, clock=clock))
+        stop_after = max(1, watch.epochs) if settings.patience else stop_after
+    parameters, vocabulary = _train(log, spec, each, where, steps, stop_after=stop_after, clock=clock)
+    about = {
+        "objective": msgspec.structs.asdict(settings.objective),
+        "epochs": stop_after,
+        "budget_s": settings.seconds,
+    }
+    return Trained(_fold(parameters, vocabulary, settings), vocabulary.fitted, figures, about)
 
 
 def torch_device(name: str) -> torch.device:
@@ -190,7 +221,12 @@ class Parameters(nn.Module):
             [self.thresholds[: self.target - 1], torch.zeros_like(self.bias), self.thresholds[self.target :]]
         )
 
-    def forward(self, columns: Columns, numbers: Tensor, real: Tensor, id_kept: Tensor | None) -> prequential.Sequences:
+    def rule(self) -> Kalman:
+        """The update rule under this θ."""
+        noise, leak = self.log_noise.exp(), self.log_leak.exp()
+        return Kalman(self.log_prior_variance.exp(), noise, leak, self.readout(), self.level_scores)
+
+    def forward(self, columns: Columns, numbers: Tensor, real: Tensor, id_kept: Tensor | None) -> Sequences:
         """Reads events `numbers` `[B, T]`; where `id_kept` `[B, T]` is 0 an item's id says nothing."""
         events, items = numbers.flatten(), columns.items[numbers]  # [B*T], [B, T]
         ids = self.item_id()[items]  # [B, T, D+1]
@@ -201,7 +237,7 @@ class Parameters(nn.Module):
         x = nn.functional.pad(vectors[..., :-1], (0, 1), value=1.0)  # [B, T, D+1]
         prior = self.bias + vectors[..., -1] + (means * x).sum(-1)  # [B, T]
         scores = self.level_scores[columns.levels[numbers]]  # [B, T]
-        return prequential.Sequences(x, prior, scores, _gaps(columns.hours[numbers]), real)
+        return Sequences(x, prior, scores, _gaps(columns.hours[numbers]), real)
 
 
 def _gaps(hours: Tensor) -> Tensor:
@@ -223,41 +259,67 @@ class _Steps:
     """Counts the steps of one or two trainings as one."""
 
     def __init__(self, progress: Progress | None, trainings: int) -> None:
-        self._progress, self._left, self._done = progress, trainings, 0
+        self._progress, self.left, self._before = progress, trainings, 0
 
-    def __call__(self, epoch: int, step: int, steps: int, loss: float) -> None:
-        """Step `step` of this training's `steps` is done; the next training is taken to be as long."""
+    def __call__(self, epoch: int, pace: Pace, loss: float) -> None:
+        """A training did a step; the next training is taken to be as long."""
         if not math.isfinite(loss):
-            raise ModelError(f"training diverged: the loss of step {step} of {steps} is {loss}; lower the rate")
-        self._done += 1
+            raise ModelError(
+                f"training diverged: the loss of step {pace.done} of {pace.steps} is {loss}; lower the rate"
+            )
         if self._progress is not None:
-            self._progress(epoch, self._done, self._done - step + steps * self._left, loss)
-        if step == steps:
-            self._left -= 1
+            self._progress(epoch, self._before + pace.shown, self._before + pace.steps * self.left, loss)
+
+    def finish(self, pace: Pace) -> None:
+        """A training is over."""
+        self._before += pace.shown
+        self.left -= 1
 
 
 def _train(
-    log: Log, spec: LearnerSpec, settings: TrainSettings, device: torch.device, told: _Steps
+    log: Log,
+    spec: LearnerSpec,
+    settings: TrainSettings,
+    device: torch.device,
+    told: _Steps,
+    *,
+    watch: Watch | None = None,
+    stop_after: int | None = None,
+    clock: Clock = time.monotonic,
+    kind: type[Parameters] | None = None,
 ) -> tuple[Parameters, Vocabulary]:
-    generator = torch.Generator().manual_seed(settings.seed)
+    """Trains θ, of `kind` if given, until epochs (at most `stop_after`) or seconds are over, or `watch` ends it."""
+    started, generator = clock(), torch.Generator().manual_seed(settings.seed)
     vocabulary = sequences.fit(log, spec, settings.max_items)
     columns = sequences.encode(log, vocabulary)
     content = _cooccurrence(columns, len(vocabulary.item_hash), settings)
-    parameters = Parameters(vocabulary, content, columns.levels, spec, generator).to(device)
+    parameters = (kind or Parameters)(vocabulary, content, columns.levels, spec, generator).to(device)
     batches = _batches(sequences.windows(columns.users, settings.longest), settings.batch_events or _usual(len(log)))
-    columns = columns.to(device)
-    steps, step = settings.epochs * len(batches), 0
-    optimiser, schedule = _optimiser(parameters, settings, settings.rate or RATES[len(log) > SMALL_LOG], steps)
-    for epoch in range(settings.epochs):
-        for chosen in torch.randperm(len(batches), generator=generator).tolist():
-            loss = _loss(parameters, columns, batches[chosen], settings.id_dropout, generator)
+    columns, aim = columns.to(device), objective.make(settings.objective)
+    steps = settings.epochs * -(-len(batches) // settings.accumulate)
+    pace = Pace(steps, settings.seconds, clock, started)
+    optimiser, schedule = _optimiser(parameters, settings, settings.rate or RATES[len(log) > SMALL_LOG], pace)
+    for epoch in range(settings.epochs if stop_after is None else stop_after):
+        order = torch.randperm(len(batches), generator=generator).tolist()
+        for first in range(0, len(order), settings.accumulate):
+            chosen, losses = order[first : first + settings.accumulate], []
             optimiser.zero_grad()
-            torch.autograd.backward(loss)
+            for number in chosen:
+                loss = _loss(parameters, columns, batches[number], aim, settings.id_dropout, generator)
+                torch.autograd.backward(loss / len(chosen))
+                losses.append(loss.item())
             nn.utils.clip_grad_norm_(parameters.parameters(), settings.clip)
             optimiser.step()
+            pace.advance()
             schedule.step()
-            step += 1
-            told(epoch, step, steps, loss.item())
+            told(epoch, pace, sum(losses) / len(losses))
+            if pace.over:
+                break
+        if pace.over or (watch is not None and watch.enough(epoch, parameters, vocabulary)):
+            break
+    told.finish(pace)
+    if watch is not None:
+        watch.restore(parameters)
     return parameters, vocabulary
 
 
@@ -282,46 +344,40 @@ def _batches(windows: list[Tensor], events: int) -> list[list[Tensor]]:
 
 
 def _optimiser(
-    parameters: Parameters, settings: TrainSettings, rate: float, steps: int
+    parameters: Parameters, settings: TrainSettings, rate: float, pace: Pace
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
     decays = {"id_vector": settings.item_decay, "id_bias": settings.item_bias_decay}
     groups = [{"params": [p], "weight_decay": decays.get(name, 0.0)} for name, p in parameters.named_parameters()]
     optimiser = torch.optim.AdamW(groups, lr=rate, betas=settings.betas)
-    warm = max(1, round(settings.warm_up * steps))
+    warm = max(1, round(settings.warm_up * pace.steps))
 
-    def share(step: int) -> float:
-        rising = (step + 1) / warm
-        return min(rising, 0.5 * (1.0 + math.cos(math.pi * max(0.0, step - warm) / max(1, steps - warm))))
+    def share(_: int) -> float:
+        falling = min(max(0.0, pace.at - warm) / max(1, pace.steps - warm), 1.0)
+        return min((pace.at + 1) / warm, 0.5 * (1.0 + math.cos(math.pi * falling)))
 
     return optimiser, torch.optim.lr_scheduler.LambdaLR(optimiser, share)
 
 
 def _loss(
-    parameters: Parameters, columns: Columns, batch: list[Tensor], id_dropout: float, generator: torch.Generator
+    parameters: Parameters,
+    columns: Columns,
+    batch: list[Tensor],
+    aim: objective.Objective,
+    id_dropout: float,
+    generator: torch.Generator,
 ) -> Tensor:
     """Mean loss per event of one batch of windows."""
     numbers, real = sequences.padded(batch)  # [B, T]
     id_kept = (torch.rand(numbers.shape, generator=generator) >= id_dropout).float()  # [B, T]
     device = columns.users.device
     numbers, real, id_kept = numbers.to(device), real.to(device), id_kept.to(device)
+    seen, levels = parameters(columns, numbers, real, id_kept), columns.levels[numbers]
+    problem = Problem(parameters.rule(), seen, levels, parameters.all_thresholds(), parameters.target)
     try:
-        adapted, _ = _predictions(parameters, columns, numbers, real, id_kept)
+        return aim.judge(problem).mean()
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         # K + σ²I has no root only once its numbers overflow.
         raise ModelError(f"training diverged: {error}; lower the rate") from error
-    logits = prequential.logit(adapted, parameters.readout())  # [B, T]
-    losses = prequential.loss(logits, columns.levels[numbers], parameters.all_thresholds(), parameters.target)  # [B, T]
-    return losses[real].mean()
-
-
-def _predictions(
-    parameters: Parameters, columns: Columns, numbers: Tensor, real: Tensor, id_kept: Tensor | None = None
-) -> tuple[prequential.Predictions, prequential.Predictions]:
-    """What θ says of events `numbers` `[B, T]`, adapted and frozen."""
-    seen = parameters(columns, numbers, real, id_kept)
-    prior_variance = parameters.log_prior_variance.exp()  # [D+1]
-    adapted = prequential.predict(seen, prior_variance, parameters.log_noise.exp(), parameters.log_leak.exp())
-    return adapted, prequential.predict_frozen(seen, prior_variance)
 
 
 def _fold(parameters: Parameters, vocabulary: Vocabulary, settings: TrainSettings) -> SlowWeights:
@@ -353,13 +409,16 @@ FIGURE_EVENTS = 8192
 
 
 @torch.no_grad()
-def _figures(parameters: Parameters, columns: Columns, seen: int, settings: TrainSettings) -> dict[str, float]:
-    """AUC and log-loss, adapted and frozen, of the events from number `seen` on; items stay as trained.
+def _figures(
+    parameters: Parameters, columns: Columns, held: npt.NDArray[np.bool_], settings: TrainSettings
+) -> dict[str, float]:
+    """AUC and log-loss, adapted and frozen, of the events `held` `[n]`; items stay as trained.
 
     Of a user's events only the last `longest` are read.
     """
-    windows = [w for w in sequences.last_windows(columns.users.cpu(), settings.longest) if w[-1] >= seen]
-    said = [_judge(parameters, columns, batch, seen) for batch in _batches(windows, FIGURE_EVENTS)]
+    judged = torch.from_numpy(held)  # [n]
+    windows = [w for w in sequences.last_windows(columns.users.cpu(), settings.longest) if judged[w].any()]
+    said = [_judge(parameters, columns, batch, judged) for batch in _batches(windows, FIGURE_EVENTS)]
     adapted, frozen, levels = torch.cat(said, 1).cpu()  # [m] each
     target = levels >= parameters.target  # [m]
     return {
@@ -371,11 +430,14 @@ def _figures(parameters: Parameters, columns: Columns, seen: int, settings: Trai
     }
 
 
-def _judge(parameters: Parameters, columns: Columns, batch: list[Tensor], seen: int) -> Tensor:
-    """Logits adapted and frozen, and levels, of a batch's events from number `seen` on: `[3, m]`."""
-    numbers, real = (t.to(columns.users.device) for t in sequences.padded(batch))  # [B, T]
-    both = [prequential.logit(p, parameters.readout()) for p in _predictions(parameters, columns, numbers, real)]
-    return torch.stack([*both, columns.levels[numbers].float()])[:, real & (numbers >= seen)]  # [3, m]
+def _judge(parameters: Parameters, columns: Columns, batch: list[Tensor], judged: Tensor) -> Tensor:
+    """Logits adapted and frozen, and levels, of a batch's events that are `judged` `[n]`: `[3, m]`."""
+    numbers, real = sequences.padded(batch)  # [B, T]
+    shown = real & judged[numbers]  # [B, T]
+    numbers, real, shown = (t.to(columns.users.device) for t in (numbers, real, shown))
+    rule, seen = parameters.rule(), parameters(columns, numbers, real, None)
+    both = rule.closed_form(seen), kalman.logit(kalman.predict_frozen(seen, rule.prior_variance), rule.readout)
+    return torch.stack([*both, columns.levels[numbers].float()])[:, shown]  # [3, m]
 
 
 def _log_loss(logits: Tensor, target: Tensor) -> float:

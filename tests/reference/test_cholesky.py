@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from stream_adapt.meta.objective import prequential
-from stream_adapt.meta.objective.prequential import Sequences
+from stream_adapt.meta.objective import contract, kalman
+from stream_adapt.meta.objective.contract import Sequences
 
 D = 5
 
@@ -48,7 +48,7 @@ def test_equals_the_recursion_over_whole_sequences(dtype: torch.dtype) -> None:
     lengths = [256, 1, 2, 97, 200]
     seen = random_sequences(rng, lengths, dtype)
     p0, leak = torch.from_numpy(rng.uniform(0.05, 1.5, D + 1)).to(dtype), torch.tensor([0.004, 0.02], dtype=dtype)
-    said = prequential.predict(seen, p0, torch.tensor(1.35, dtype=dtype), leak)
+    said = kalman.predict(seen, p0, torch.tensor(1.35, dtype=dtype), leak)
     tolerance = 1e-4 if dtype == torch.float32 else 1e-9
     for b, length in enumerate(lengths):
         z, v = recursion(seen, b, p0, 1.35, leak)
@@ -59,8 +59,8 @@ def test_equals_the_recursion_over_whole_sequences(dtype: torch.dtype) -> None:
 def test_the_first_event_is_predicted_by_the_prior_alone() -> None:
     seen = random_sequences(np.random.default_rng(1), [4, 3], torch.float64)
     p0 = torch.rand(D + 1, dtype=torch.float64)
-    adapted = prequential.predict(seen, p0, torch.tensor(1.0), torch.tensor([0.1, 0.1]))
-    frozen = prequential.predict_frozen(seen, p0)
+    adapted = kalman.predict(seen, p0, torch.tensor(1.0), torch.tensor([0.1, 0.1]))
+    frozen = kalman.predict_frozen(seen, p0)
     torch.testing.assert_close(frozen.z[:, 0], adapted.z[:, 0])
     torch.testing.assert_close(frozen.v[:, 0], adapted.v[:, 0])
 
@@ -68,9 +68,9 @@ def test_the_first_event_is_predicted_by_the_prior_alone() -> None:
 def test_a_prediction_knows_neither_its_own_feedback_nor_later_feedback() -> None:
     seen = random_sequences(np.random.default_rng(2), [9], torch.float64)
     settings = (torch.rand(D + 1, dtype=torch.float64), torch.tensor(1.0), torch.tensor([0.01, 0.1]))
-    before = prequential.predict(seen, *settings)
+    before = kalman.predict(seen, *settings)
     seen.scores[:, 5:] += 3.0
-    after = prequential.predict(seen, *settings)
+    after = kalman.predict(seen, *settings)
     torch.testing.assert_close(before.z[:, :6], after.z[:, :6])
     assert not torch.allclose(before.z[:, 6:], after.z[:, 6:])
 
@@ -79,9 +79,7 @@ def test_padding_changes_nothing() -> None:
     seen = random_sequences(np.random.default_rng(3), [12, 5], torch.float64)
     alone = Sequences(*(c[1:, :5] for c in (seen.x, seen.prior, seen.scores, seen.gaps, seen.real)))
     settings = (torch.rand(D + 1, dtype=torch.float64), torch.tensor(1.0), torch.tensor([0.01, 0.1]))
-    torch.testing.assert_close(
-        prequential.predict(alone, *settings).z[0], prequential.predict(seen, *settings).z[1, :5]
-    )
+    torch.testing.assert_close(kalman.predict(alone, *settings).z[0], kalman.predict(seen, *settings).z[1, :5])
 
 
 def objective(seen: Sequences) -> Callable[..., Tensor]:
@@ -91,8 +89,8 @@ def objective(seen: Sequences) -> Callable[..., Tensor]:
         x: Tensor, scores: Tensor, p0: Tensor, noise: Tensor, leak: Tensor, readout: Tensor, cuts: Tensor
     ) -> Tensor:
         given = Sequences(x, seen.prior, scores[levels], seen.gaps, seen.real)
-        logits = prequential.logit(prequential.predict(given, p0, noise, leak), readout)
-        return prequential.loss(logits, levels, cuts, target=3)[seen.real].mean()
+        logits = kalman.logit(kalman.predict(given, p0, noise, leak), readout)
+        return contract.loss(logits, levels, cuts, target=3)[seen.real].mean()
 
     return loss
 
