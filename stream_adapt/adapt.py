@@ -6,6 +6,7 @@ The second stage of the path. It owns the rows of all shards (`state/`) and call
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -15,10 +16,10 @@ import xxhash
 
 from stream_adapt.learner.encoder import EncodingCache, FeatureReader, event_pairs
 from stream_adapt.learner.rules.kalman.layout import covariance_floats, item_layout, user_layout
-from stream_adapt.learner.rules.kalman.step import Events, Scores, Screen, Theta
+from stream_adapt.learner.rules.kalman.step import LEARN_ALL, Events, Scores, Screen, Theta
 from stream_adapt.learner.rules.kalman.step import adapt as adapt_compiled
 from stream_adapt.models import Model
-from stream_adapt.record import Adapted, Batch, Flag
+from stream_adapt.record import Adapted, Batch, Flag, UserId, joined
 from stream_adapt.state.overlay import Overlay
 from stream_adapt.state.table import Slots, Table
 
@@ -34,7 +35,7 @@ class Adapter:
     "torch-cpu" the batched one on the CPU, which is there to be compared. `screen` says which events teach nothing.
     """
 
-    def __init__(self, model: Model, device: str = "auto", screen: Screen = Screen()) -> None:
+    def __init__(self, model: Model, device: str = "auto", screen: Screen = LEARN_ALL) -> None:
         self.model = model
         self._screen = screen
         self._theta = Theta.of(model.weights)
@@ -49,8 +50,26 @@ class Adapter:
         self._adapt_rows = self._rule(device)
 
     def adapt(self, batch: Batch) -> Adapted:
-        """Scores and learns n events in order; rows of users and items first met are started from θ."""
-        return self.learn(self.prepare(batch))
+        """Scores and learns n events in order; rows of users and items first met are started from θ.
+
+        What a user's events before an erasure taught goes with it; those after it start anew.
+        """
+        if not batch.erasures:
+            return self.learn(self.prepare(batch))
+        parts, erased, start = [], [], 0
+        for erasure in batch.erasures:
+            parts.append(self.adapt(batch.between(start, erasure.position)))
+            erased.append(self.erase(erasure.partition, erasure.user_id))
+            start = erasure.position
+        parts.append(self.adapt(batch.between(start, len(batch))))
+        return replace(joined(Adapted, parts), erased=erased)
+
+    def erase(self, partition: int, user_id: UserId) -> bool:
+        """Drops a user's row; an abort puts it back. Returns whether there was one."""
+        if self.users.find(partition, user_id) is None:
+            return False
+        self.overlay.remove(self.users, partition, user_id)
+        return True
 
     def prepare(self, batch: Batch) -> Events:
         """Finds or starts the rows of n events, keeps their old bytes, and encodes what the events say."""

@@ -121,6 +121,20 @@ class InputSection(_Section):
     max_future_s: float = Field(86_400, ge=0, description="How far ahead of the clock a timestamp may be.")
     check_key: bool = Field(True, description="Whether the key must be the user id.")
     max_batch: int = Field(16_384, ge=1, le=1_000_000, description="Most records in one transaction.")
+    deduplicate: bool = Field(
+        False, description="Whether an event whose id is that of one of its user's last events is only scored."
+    )
+    late: Literal["learn", "score_only", "dead_letter"] = Field(
+        "learn", description="What is done with an event that is older than the last one learned for its user."
+    )
+    late_after_s: float = Field(0, ge=0, le=1e9, description="How much older it may be without being late.")
+    breaker_share: float = Field(
+        0.5, gt=0, le=1, description="Stop (exit 6) when more than this share of a window is refused; 1: never."
+    )
+    breaker_window: int = Field(1_000, ge=10, le=10_000_000, description="Records of a window.")
+    crashes_before_quarantine: int = Field(
+        2, ge=1, le=100, description="A record at which the process died so often, handled alone, is a dead letter."
+    )
     latency_ms: Positive = Field(50, le=10_000, description="Longest wait for a batch to fill.")
     feedback: dict[str, Any] | None = Field(
         None,
@@ -134,6 +148,14 @@ class ModelSection(_Section):
     path: Path = Field(Path("models"), description="A model's folder, or a registry: then its newest version.")
     covariance: Literal["diagonal", "full"] | None = Field(None, description="As pretrained if not set.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto serves on the CPU.")
+
+
+class StateSection(_Section):
+    """What a member keeps on its disk."""
+
+    dir: Path | None = Field(
+        None, description="Folder of this member alone, writable; var/<app.name>.<app.instance> if not set."
+    )
 
 
 class MetricsSection(_Section):
@@ -164,6 +186,7 @@ class Config(_Section):
     topics: TopicsSection = Field(default_factory=TopicsSection)
     input: InputSection = Field(default_factory=InputSection)
     model: ModelSection = Field(default_factory=ModelSection)
+    state: StateSection = Field(default_factory=StateSection)
     delivery: Literal["exactly_once", "at_least_once"] = Field(
         "exactly_once", description="at_least_once: no transaction; after a crash some scores come twice."
     )
@@ -190,6 +213,11 @@ class Config(_Section):
     def topic_names(self) -> TopicNames:
         """Names of all topics."""
         return TopicNames(self.topic("events"), self.topic("scores"), self.topic("dead_letters"))
+
+    @property
+    def state_dir(self) -> Path:
+        """Folder of what this member keeps on its disk."""
+        return self.state.dir or Path("var") / f"{self.app.name}.{self.app.instance}"
 
     @property
     def group_id(self) -> str:
@@ -243,6 +271,7 @@ def effective(loaded: Loaded) -> Iterator[tuple[str, Any, str]]:
     config, names = loaded.config, loaded.config.topic_names
     derived = {
         "kafka.group_id": config.group_id,
+        "state.dir": str(config.state_dir),
         "topics.events": names.events,
         "topics.scores": names.scores,
         "topics.dead_letters": names.dead_letters,

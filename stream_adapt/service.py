@@ -27,10 +27,11 @@ from stream_adapt.kafka.errors import describe, kafka_error
 from stream_adapt.kafka.producer import OutputProducer
 from stream_adapt.kafka.topics import TopicSpec, product_topics
 from stream_adapt.learner.feedback import Feedback
+from stream_adapt.learner.rules.kalman.step import Screen
 from stream_adapt.metrics import Metrics
 from stream_adapt.models import Model, read_model
 from stream_adapt.pipeline import Pipeline
-from stream_adapt.record import TopicNames
+from stream_adapt.record import Flag, TopicNames
 from stream_adapt.runner import Observer, Observers, Pace, Runner, Shutdown
 from stream_adapt.state.row import Kind
 
@@ -178,9 +179,20 @@ def build_pipeline(config: Config, model: Model, topics: TopicNames) -> Pipeline
     limits = Limits(config.input.max_bytes, config.input.max_future_s, config.input.check_key)
     return Pipeline(
         Decoder(model.spec.features, model.spec.feedback, limits),
-        Adapter(model, config.model.device),
+        Adapter(model, config.model.device, screen_of(config)),
         Emitter(topics, model.version, model.spec.feedback.target_level),
+        late_is_dead=config.input.late == "dead_letter",
     )
+
+
+def screen_of(config: Config) -> Screen:
+    """Which events teach nothing: late ones and duplicates, as the configuration says."""
+    barred = Flag(0)
+    if config.input.deduplicate:
+        barred |= Flag.DUPLICATE
+    if config.input.late != "learn":
+        barred |= Flag.LATE
+    return Screen(int(config.input.late_after_s * 1000), int(barred))
 
 
 def pace_of(config: Config) -> Pace:

@@ -1,6 +1,7 @@
 """The overlay: the old bytes of every row touched since the last commit. An abort puts them back.
 
-Rows that were created since then have no old bytes; an abort takes them out again.
+Rows that were created since then have no old bytes; an abort takes them out again. Rows that were removed keep their
+slot until the commit; an abort enters them in the index again.
 """
 
 from __future__ import annotations
@@ -19,28 +20,50 @@ class Overlay:
     def __init__(self, *tables: Table) -> None:
         self._tables = tables
         self._kept: list[tuple[Table, Slots, npt.NDArray[Any]]] = []
+        self._unlinked: list[tuple[Table, int, str, int]] = []  # partition, id, slot
 
     @property
     def is_empty(self) -> bool:
-        """Whether nothing was touched since the last commit or abort."""
-        return not self._kept
+        """Whether nothing was touched or removed since the last commit or abort."""
+        return not self._kept and not self._unlinked
 
     def keep(self, table: Table, slots: Slots) -> None:
         """Copies the rows at `slots` `[n]` as they are now, but for those that were copied since the last commit."""
         first = table.first_touched(slots)
         self._kept.append((table, first, np.take(table.rows, first)))  # a fifth of the time of an index
 
+    def remove(self, table: Table, partition: int, row_id: str) -> None:
+        """Drops a row; an abort puts it back.
+
+        Raises:
+            KeyError: there is none.
+        """
+        self._unlinked.append((table, partition, row_id, table.unlink(partition, row_id)))
+
     def restore(self) -> None:
-        """Puts every row back, and takes out the rows that were created."""
+        """Puts every row back, takes out the rows that were created, and enters again those that were removed."""
         for table, slots, rows in self._kept:
             table.rows[slots] = rows
+        created = {(id(table), slot) for table in self._tables for _, _, slot in table.created}
         for table in self._tables:
-            for partition, row_id, _ in reversed(table.created):
-                table.remove(partition, row_id)
-        self.forget()
+            for partition, row_id, slot in table.created:
+                if table.find(partition, row_id) == slot:
+                    table.remove(partition, row_id)
+        for table, partition, row_id, slot in self._unlinked:
+            if (id(table), slot) in created:
+                table.free(slot)
+            else:
+                table.relink(partition, row_id, slot)
+        self._end()
 
     def forget(self) -> None:
         """The rows as they are now are the committed state."""
+        for table, _, _, slot in self._unlinked:
+            table.free(slot)
+        self._end()
+
+    def _end(self) -> None:
         self._kept.clear()
+        self._unlinked.clear()
         for table in self._tables:
             table.forget_touched()

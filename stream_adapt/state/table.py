@@ -96,7 +96,20 @@ class Table:
 
     def remove(self, partition: int, row_id: str) -> None:
         """Drops a row; its slot is used again."""
-        self._free.append(self._index[partition].pop(row_id))
+        self.free(self.unlink(partition, row_id))
+
+    def unlink(self, partition: int, row_id: str) -> int:
+        """Takes a row out of the index; it keeps its slot, which is returned, until that is freed."""
+        return self._index[partition].pop(row_id)
+
+    def relink(self, partition: int, row_id: str, slot: int) -> None:
+        """Enters a row again that was taken out of the index."""
+        self._index[partition][row_id] = slot
+
+    def free(self, slot: int) -> None:
+        """Wipes a slot that no row has any more; it is used again."""
+        self.rows[slot : slot + 1].view(np.uint8)[:] = 0
+        self._free.append(slot)
 
     def drop(self, partition: int) -> int:
         """Drops every row of a partition; returns how many."""
