@@ -6,6 +6,7 @@ The second stage of the path. It owns the rows of all shards (`state/`) and call
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -17,10 +18,10 @@ import xxhash
 
 from stream_adapt.learner.encoder import EncodingCache, FeatureReader, event_pairs
 from stream_adapt.learner.rules.kalman.layout import covariance_floats, item_layout, user_layout
-from stream_adapt.learner.rules.kalman.step import Events, Scores, Screen, Theta
+from stream_adapt.learner.rules.kalman.step import LEARN_ALL, Events, Scores, Screen, Theta
 from stream_adapt.learner.rules.kalman.step import adapt as adapt_compiled
 from stream_adapt.models import Model
-from stream_adapt.record import Adapted, Batch, Flag, Ints, Longs
+from stream_adapt.record import Adapted, Batch, Flag, Ints, Longs, UserId, joined
 from stream_adapt.state.expiry import Expiry
 from stream_adapt.state.overlay import Overlay
 from stream_adapt.state.table import Slots, Table
@@ -46,7 +47,7 @@ class Adapter:
         self,
         model: Model,
         device: str = "auto",
-        screen: Screen = Screen(),
+        screen: Screen = LEARN_ALL,
         *,
         folder: Path | None = None,
         ttl_s: float | None = None,
@@ -67,16 +68,38 @@ class Adapter:
         self._adapt_rows = self._rule(device)
 
     def adapt(self, batch: Batch) -> Adapted:
-        """Scores and learns n events in order; rows of users and items first met are started from θ."""
+        """Scores and learns n events in order; rows of users and items first met are started from θ.
+
+        What a user's events before an erasure taught goes with it; those after it start anew.
+        """
+        if not batch.erasures:
+            return self._adapt_and_expire(batch)
+        parts, erased, start = [], [], 0
+        for erasure in batch.erasures:
+            parts.append(self._adapt_and_expire(batch.between(start, erasure.position)))
+            erased.append(self.erase(erasure.partition, erasure.user_id))
+            start = erasure.position
+        parts.append(self._adapt_and_expire(batch.between(start, len(batch))))
+        return replace(joined(Adapted, parts), erased=erased)
+
+    def erase(self, partition: int, user_id: UserId) -> bool:
+        """Drops a user's row; an abort puts it back. Returns whether there was one."""
+        if self.users.find(partition, user_id) is None:
+            return False
+        self.overlay.remove(self.users, partition, user_id)
+        return True
+
+    def _adapt_and_expire(self, batch: Batch) -> Adapted:
+        """The same without erasures; rows that idled too long go at their offsets."""
         if self._expiry is None:
             return self.learn(self.prepare(batch))
         due = self._expiry.due(batch.partitions, batch.offsets)
-        said = [self.learn(self.prepare(batch.part(0, due[0][0] if due else len(batch))))]
+        said = [self.learn(self.prepare(batch.between(0, due[0][0] if due else len(batch))))]
         for (start, multiples), (stop, _) in pairwise([*due, (len(batch), 0)]):
             self._expiry.check(int(batch.partitions[start]), multiples)
-            said.append(self.learn(self.prepare(batch.part(start, stop))))
+            said.append(self.learn(self.prepare(batch.between(start, stop))))
         self._expiry.passed(batch.partitions, batch.offsets)
-        return Adapted.joined(said)
+        return joined(Adapted, said)
 
     def passed(self, partitions: Ints, offsets: Longs) -> None:
         """These n records were handled, whether `adapt` saw them or not."""

@@ -121,6 +121,20 @@ class InputSection(_Section):
     max_future_s: float = Field(86_400, ge=0, description="How far ahead of the clock a timestamp may be.")
     check_key: bool = Field(True, description="Whether the key must be the user id.")
     max_batch: int = Field(16_384, ge=1, le=1_000_000, description="Most records in one transaction.")
+    deduplicate: bool = Field(
+        False, description="Whether an event whose id is that of one of its user's last events is only scored."
+    )
+    late: Literal["learn", "score_only", "dead_letter"] = Field(
+        "learn", description="What is done with an event that is older than the last one learned for its user."
+    )
+    late_after_s: float = Field(0, ge=0, le=1e9, description="How much older it may be without being late.")
+    breaker_share: float = Field(
+        0.5, gt=0, le=1, description="Stop (exit 6) when more than this share of a window is refused; 1: never."
+    )
+    breaker_window: int = Field(1_000, ge=10, le=10_000_000, description="Records of a window.")
+    crashes_before_quarantine: int = Field(
+        2, ge=1, le=100, description="A record at which the process died so often, handled alone, is a dead letter."
+    )
     latency_ms: Positive = Field(50, le=10_000, description="Longest wait for a batch to fill.")
     feedback: dict[str, Any] | None = Field(
         None,
@@ -137,12 +151,16 @@ class ModelSection(_Section):
 
 
 class StateSection(_Section):
-    """The rows of users and items."""
+    """Rows of users and items, and what a member keeps on its disk."""
 
     dir: Path | None = Field(
         None,
-        description="Folder for the rows: those out of use leave the memory. A local disk; nothing is left there "
-        "after the end. Not set: all rows lie in memory.",
+        description="Folder of this member alone, writable, on a local disk; var/<app.name>.<app.instance> if not set.",
+    )
+    rows: Literal["disk", "memory"] = Field(
+        "disk",
+        description="disk: in a mapped file in state.dir, so that rows out of use leave the memory; nothing is left "
+        "there after the end. memory: all of them stay.",
     )
     ttl_s: Positive | None = Field(
         None,
@@ -218,6 +236,11 @@ class Config(_Section):
         return TopicNames(self.topic("events"), self.topic("scores"), self.topic("dead_letters"))
 
     @property
+    def state_dir(self) -> Path:
+        """Folder of what this member keeps on its disk."""
+        return self.state.dir or Path("var") / f"{self.app.name}.{self.app.instance}"
+
+    @property
     def group_id(self) -> str:
         """Consumer group."""
         return self.kafka.group_id or self.app.name
@@ -269,6 +292,7 @@ def effective(loaded: Loaded) -> Iterator[tuple[str, Any, str]]:
     config, names = loaded.config, loaded.config.topic_names
     derived = {
         "kafka.group_id": config.group_id,
+        "state.dir": str(config.state_dir),
         "topics.events": names.events,
         "topics.scores": names.scores,
         "topics.dead_letters": names.dead_letters,

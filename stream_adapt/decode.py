@@ -1,4 +1,4 @@
-"""Decode: raw records in, valid events and dead letters out. Every record becomes exactly one of the two.
+"""Decode: raw records in, valid events, erasures and dead letters out. Every record becomes exactly one of the three.
 
 The JSON goes straight into a struct that knows only the declared features and carries the limits as constraints, so
 that checking costs nothing extra; what msgspec refuses is looked at a second time to name the reason.
@@ -10,14 +10,14 @@ import json
 import time
 from collections.abc import Callable, Container
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
 
 from stream_adapt.learner.encoder import Feature, Interner, Vector, features_struct
 from stream_adapt.learner.feedback import Feedback
-from stream_adapt.record import Batch, DeadLetter, RawBatch, Source
+from stream_adapt.record import ERASE, Batch, DeadLetter, Erasure, RawBatch, Source
 
 #: Longest event, user or item id, in characters.
 ID_LIMIT = 1024
@@ -47,6 +47,8 @@ REASONS = {
     "vector_length": "a vector feature has another length than declared",
     "key_mismatch": "the key is not the user id (input.check_key)",
     "not_delivered": "the broker refused what this record led to for good",
+    "late": "the event is older than its user's last one, by more than input.late_after_s (input.late: dead_letter)",
+    "crash": "the process died each time it handled this record (input.crashes_before_quarantine)",
 }
 
 
@@ -73,12 +75,14 @@ class Decoder:
         self._feedback = feedback
         self._limits = limits
         self._now_ms = now_ms
+        #: Records that are not looked at, because the process died of them.
+        self.quarantined: Container[Source] = ()
         self._vectors = frozenset(name for name, feature in features.items() if isinstance(feature, Vector))
         self._interner: Interner | None = Interner(features_struct(features))
         self._decode: Callable[[Any], Any] = msgspec.json.Decoder(event_struct(msgspec.Raw, feedback)).decode
 
     def __call__(self, raw: RawBatch, undeliverable: Container[Source] = ()) -> tuple[Batch, list[DeadLetter]]:
-        """Events in the order of their records, and a dead letter for every other record.
+        """Events in the order of their records, erasures between them, and a dead letter for every other record.
 
         Args:
             raw: n records in consumption order.
@@ -88,26 +92,34 @@ class Decoder:
         latest_ms = self._now_ms() + int(self._limits.max_future_s * 1000)
         events: list[Any] = []
         features: list[Any] = []
+        types: list[str] = []
         kept: list[int] = []
+        erasures: list[Erasure] = []
         dead: list[DeadLetter] = []
+        by_name = bool(undeliverable or self.quarantined)
         for start in range(0, len(raw), _CHUNK):
             chunk = range(start, min(start + _CHUNK, len(raw)))
-            good = None if undeliverable else self._all_good(raw, chunk, latest_ms)
+            good = None if by_name else self._all_good(raw, chunk, latest_ms)
             if good is not None:
                 events += good[0]
                 features += good[1]
+                types += good[2]
                 kept += chunk
                 continue
             for i in chunk:
                 try:
                     event = self._one(raw, i, latest_ms, undeliverable)
+                    if event.event_type == ERASE:
+                        erasures.append(_erasure(raw, i, event, len(events)))
+                        continue
                     features += self._features_of([event])
                 except Exception as error:  # noqa: BLE001 - whatever a record raises, it must not stop the stream
                     dead.append(_dead_letter(raw, i, error, self._vectors))
                 else:
                     events.append(event)
+                    types.append(event.event_type)
                     kept.append(i)
-        return self._columns(raw, events, features, kept), dead
+        return self._columns(raw, events, features, types, kept, erasures), dead
 
     def _choose_decoder(self) -> None:
         """Features are looked up by their bytes as long as that pays, else decoded with their event."""
@@ -129,8 +141,8 @@ class Decoder:
             path = str(error) if "`$" in str(error) else f"{error} - at `$`"
             raise msgspec.ValidationError(path.replace("`$", "`$.features", 1)) from error
 
-    def _all_good(self, raw: RawBatch, chunk: range, latest_ms: int) -> tuple[list[Any], list[Any]] | None:
-        """The chunk's events, and their features, if every record of it is good, as almost always; by columns."""
+    def _all_good(self, raw: RawBatch, chunk: range, latest_ms: int) -> tuple[list[Any], list[Any], list[str]] | None:
+        """The chunk's events, their features and types, if every record of it is one, as almost always; by columns."""
         values = raw.values[chunk.start : chunk.stop]
         try:
             if max(map(len, values)) > self._limits.max_bytes:  # type: ignore[arg-type]  # None: TypeError
@@ -143,25 +155,47 @@ class Decoder:
             return None
         if self._limits.check_key and raw.keys[chunk.start : chunk.stop] != [e.user_id.encode() for e in events]:
             return None
-        return events, features
+        types = [e.event_type for e in events]
+        return None if ERASE in types else (events, features, types)
 
     def _one(self, raw: RawBatch, i: int, latest_ms: int, undeliverable: Container[Source]) -> Any:
         """The event of record i; raises whatever is wrong with it."""
         key, value, limits = raw.keys[i], raw.values[i], self._limits
-        if undeliverable and (int(raw.partitions[i]), int(raw.offsets[i])) in undeliverable:
+        source = int(raw.partitions[i]), int(raw.offsets[i])
+        if source in self.quarantined:
+            raise _Refused("crash", "the process died each time it handled this record")
+        if source in undeliverable:
             raise _Refused("not_delivered", "the broker refused this record's score for good")
         if value is None:
             raise _Refused("null_value", "a tombstone is not an event")
         if len(value) > limits.max_bytes:
             raise _Refused("too_large", f"{len(value)} bytes, the limit is {limits.max_bytes}")
-        event = self._decode(value)
+        event = self._event_or_erasure(value)
         if limits.check_key and key != event.user_id.encode():
             raise _Refused("null_key" if key is None else "key_mismatch", _mismatch(key, event.user_id))
         if event.timestamp > latest_ms:
             raise _Refused("future_timestamp", f"timestamp={event.timestamp}, accepted up to {latest_ms}")
         return event
 
-    def _columns(self, raw: RawBatch, events: list[Any], features: list[Any], kept: list[int]) -> Batch:
+    def _event_or_erasure(self, value: bytes) -> Any:
+        try:
+            return self._decode(value)
+        except msgspec.ValidationError:
+            try:
+                return _decode_erasure(value)
+            except msgspec.ValidationError:
+                pass
+            raise
+
+    def _columns(
+        self,
+        raw: RawBatch,
+        events: list[Any],
+        features: list[Any],
+        types: list[str],
+        kept: list[int],
+        erasures: list[Erasure],
+    ) -> Batch:
         whole = len(kept) == len(raw)
         return Batch(
             event_ids=[e.event_id for e in events],
@@ -169,26 +203,47 @@ class Decoder:
             item_ids=[e.item_id for e in events],
             features=features if self._interner is None else self._interner.column(features),
             timestamps_ms=np.array([e.timestamp for e in events], dtype=np.int64),
-            levels=self._feedback.level_of([e.label for e in events], [e.event_type for e in events]),
+            levels=self._feedback.level_of([e.label for e in events], types),
             partitions=raw.partitions if whole else raw.partitions[kept],
             offsets=raw.offsets if whole else raw.offsets[kept],
+            erasures=erasures,
         )
+
+
+_RowId = Annotated[str, msgspec.Meta(min_length=1, max_length=ID_LIMIT)]
+_Timestamp = Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _EraseRequest(msgspec.Struct, frozen=True, gc=False):
+    """`record.EraseRequest` with the limits of an event."""
+
+    event_id: _RowId
+    user_id: _RowId
+    event_type: Literal["$erase"]
+    timestamp: _Timestamp
+
+
+_decode_erasure = msgspec.json.Decoder(_EraseRequest).decode
+
+
+def _erasure(raw: RawBatch, i: int, request: Any, position: int) -> Erasure:
+    partition, offset = int(raw.partitions[i]), int(raw.offsets[i])
+    return Erasure(request.event_id, request.user_id, request.timestamp, partition, offset, position)
 
 
 def event_struct(features: type, feedback: Feedback) -> type[msgspec.Struct]:
     """Event v1 with its limits as constraints; `features` is their struct, or msgspec.Raw for their JSON as it is."""
-    row_id = Annotated[str, msgspec.Meta(min_length=1, max_length=ID_LIMIT)]
     label: Any = float
     if feedback.label is not None:
         low, high = feedback.label.range
         label = Annotated[float, msgspec.Meta(ge=low, le=high)]
     raw = ("features", msgspec.Raw, _NULL)  # Raw takes null as it is, and stands in no union
     fields: list[tuple[str, Any] | tuple[str, Any, Any]] = [
-        ("event_id", row_id),
-        ("user_id", row_id),
-        ("item_id", row_id),
+        ("event_id", _RowId),
+        ("user_id", _RowId),
+        ("item_id", _RowId),
         ("event_type", str),
-        ("timestamp", Annotated[int, msgspec.Meta(ge=0)]),
+        ("timestamp", _Timestamp),
         ("label", label | None, None),
         raw if features is msgspec.Raw else ("features", features | None, None),
     ]
@@ -211,7 +266,13 @@ def _dead_letter(raw: RawBatch, i: int, error: Exception, vectors: frozenset[str
         reason, detail = error.reason, error.detail
     else:
         reason, detail = _reason(value or b"", error, vectors), f"{error}"[:500]
-    return DeadLetter(raw.keys[i], value, int(raw.partitions[i]), int(raw.offsets[i]), reason, detail)
+    return dead_letter(raw, i, reason, detail)
+
+
+def dead_letter(raw: RawBatch, i: int, reason: str, detail: str) -> DeadLetter:
+    """Record i as it came, and why it was refused."""
+    source = int(raw.partitions[i]), int(raw.offsets[i])
+    return DeadLetter(raw.keys[i], raw.values[i], *source, reason, detail, raw.headers(i))
 
 
 def _reason(value: bytes, error: Exception, vectors: frozenset[str]) -> str:

@@ -1,6 +1,6 @@
-"""Emit: scores and dead letters become output records, one for every input record.
+"""Emit: scores, receipts and dead letters become output records, one for every input record.
 
-Third stage of the path. Field names and meanings: `schemas/score-v1.json`, `schemas/dead-letter-v1.json`.
+Third stage of the path. Field names and meanings: `schemas/score-v1.json`, `receipt-v1.json`, `dead-letter-v1.json`.
 """
 
 from __future__ import annotations
@@ -12,8 +12,27 @@ from itertools import repeat
 import msgspec
 import numpy as np
 
-from stream_adapt.record import NO_LEVEL, Adapted, Batch, DeadLetter, Flag, Floats, Outputs, Score, Source, TopicNames
+from stream_adapt.record import (
+    NO_LEVEL,
+    Adapted,
+    Batch,
+    DeadLetter,
+    Flag,
+    Floats,
+    Outputs,
+    Receipt,
+    Score,
+    Source,
+    TopicNames,
+)
 
+#: Headers of our own begin with this.
+HEADER_PREFIX = "stream-adapt."
+#: What a record is.
+SCHEMA_HEADER = "stream-adapt.schema"
+#: How often a record was replayed from the dead letters, in decimal.
+REPLAYS_HEADER = "stream-adapt.replays"
+_ERASED = ("erased",)
 #: Longest detail in a dead letter's header, in characters.
 _DETAIL_LIMIT = 500
 #: Names of the flags for every combination of bits.
@@ -65,10 +84,27 @@ class Emitter:
         keys = [user_id.encode() for user_id in batch.user_ids]
         return Outputs(self._topics.scores, keys, list(map(self._encode, rows)), None, partitions, offsets)
 
-    def dead_letters(self, letters: list[DeadLetter], truncated: Collection[Source] = ()) -> Outputs:
-        """The original bytes, unchanged; what is known of them is in the headers.
+    def receipts(self, batch: Batch, adapted: Adapted) -> Outputs:
+        """One receipt for each erasure, keyed by user; a header tells it from a score."""
+        now_ms, topic = self._now_ms(), self._topics.events
+        rows = [
+            Receipt(e.event_id, e.user_id, _ERASED, had_row, e.timestamp_ms, now_ms, topic, e.partition, e.offset)
+            for e, had_row in zip(batch.erasures, adapted.erased, strict=True)
+        ]
+        return Outputs(
+            self._topics.scores,
+            [e.user_id.encode() for e in batch.erasures],
+            list(map(self._encode, rows)),
+            [[(SCHEMA_HEADER, b"receipt/v1")] for _ in rows],
+            [e.partition for e in batch.erasures],
+            [e.offset for e in batch.erasures],
+        )
 
-        Those whose source is in `truncated` go without key and payload, because they are themselves too large.
+    def dead_letters(self, letters: list[DeadLetter], truncated: Collection[Source] = ()) -> Outputs:
+        """The original bytes and headers, unchanged; what is known of them is in headers of our own, which come last.
+
+        Those whose source is in `truncated` go without key, payload and original headers, because they are themselves
+        too large.
         """
         cut = [(letter.partition, letter.offset) in truncated for letter in letters]
         return Outputs(
@@ -80,9 +116,10 @@ class Emitter:
             [letter.offset for letter in letters],
         )
 
-    def _headers(self, letter: DeadLetter, truncated: bool) -> list[tuple[str, bytes]]:
-        headers = [
-            ("stream-adapt.schema", b"dead-letter/v1"),
+    def _headers(self, letter: DeadLetter, truncated: bool) -> list[tuple[str, bytes | None]]:
+        headers: list[tuple[str, bytes | None]] = [
+            *(() if truncated else ((name, value) for name, value in letter.headers if _is_kept(name))),
+            (SCHEMA_HEADER, b"dead-letter/v1"),
             ("stream-adapt.reason", letter.reason.encode()),
             ("stream-adapt.detail", letter.detail[:_DETAIL_LIMIT].encode(errors="replace")),
             ("stream-adapt.source.topic", self._topics.events.encode()),
@@ -90,6 +127,11 @@ class Emitter:
             ("stream-adapt.source.offset", str(letter.offset).encode()),
         ]
         return [*headers, ("stream-adapt.truncated", b"true")] if truncated else headers
+
+
+def _is_kept(name: str) -> bool:
+    """Whether a refused record's header stays: of our own only the count of replays does."""
+    return name == REPLAYS_HEADER or not name.startswith(HEADER_PREFIX)
 
 
 def _rounded(column: Floats) -> list[float]:

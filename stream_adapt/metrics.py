@@ -2,7 +2,7 @@
 
 The loop's thread adds to one flat array — each family owns a stretch of it — and publishes a copy once a turn; a
 scrape reads the newest copy. So nothing is locked, a scrape never holds up the loop, and all figures of one scrape
-belong together: events = scores + dead letters in every one of them.
+belong together: events = scores + dead letters + receipts in every one of them.
 
 Nothing here is done event by event. A batch of n events is counted by NumPy in well under 0.1 µs an event.
 """
@@ -131,9 +131,10 @@ FAMILIES: tuple[Family, ...] = (
         "stream_adapt_events_total",
         "counter",
         "records",
-        "Input records whose outcome is committed: always scores plus dead letters.",
+        "Input records whose outcome is committed: always scores plus dead letters plus receipts.",
     ),
     Family("stream_adapt_scores_total", "counter", "records", "Scores committed."),
+    Family("stream_adapt_receipts_total", "counter", "records", "Receipts of erasures committed."),
     Family(
         "stream_adapt_dead_letters_total",
         "counter",
@@ -208,7 +209,8 @@ FAMILIES: tuple[Family, ...] = (
         "stream_adapt_flagged_scores_total",
         "counter",
         "records",
-        "Scores that carry a flag: score_only (nothing to learn), nan_undone (the update was not finite), late.",
+        "Scores that carry a flag: score_only (nothing to learn), nan_undone (the update was not finite), late, "
+        "duplicate.",
         {"flag": tuple(flag.name.lower() for flag in Flag if flag.name)},
     ),
     Family(
@@ -498,15 +500,16 @@ class Metrics(Collector):
     def committed(self, work: Work, outcome: Outcome) -> None:
         """All that a batch led to is visible: only now it counts."""
         now = self._clock()
-        scores, dead_letters = len(work.batch), len(work.dead_letters)
+        scores, records = len(work.batch), work.records
         self._slab.add("stream_adapt_transactions_total", outcome.value)
         self._slab.put("stream_adapt_last_commit_timestamp_seconds", value=now)
-        self._slab.add("stream_adapt_events_total", value=scores + dead_letters)
+        self._slab.add("stream_adapt_events_total", value=records)
         self._slab.add("stream_adapt_scores_total", value=scores)
+        self._slab.add("stream_adapt_receipts_total", value=len(work.batch.erasures))
         for reason, count in Counter(letter.reason for letter in work.dead_letters).items():
             self._slab.add("stream_adapt_dead_letters_total", reason, value=count)
-        self._batch_sizes[bisect_left(BATCH_EDGES, scores + dead_letters)] += 1
-        self._batch_sizes[-1] += scores + dead_letters
+        self._batch_sizes[bisect_left(BATCH_EDGES, records)] += 1
+        self._batch_sizes[-1] += records
         if scores:
             self._count_ages(now - work.batch.timestamps_ms * 0.001)
             self._count_flags(work.adapted)

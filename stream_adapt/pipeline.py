@@ -2,6 +2,9 @@
 
 raw records ─▶ decode ─▶ adapt (score, then learn, event by event) ─▶ emit ─▶ Work
                  └──────────────── dead letters ────────────────────▶┘
+
+With `late_is_dead` a late event is a dead letter instead of a score. Only its user's row knows that it is late, so it
+is adapt that finds it, and it teaches nothing there.
 """
 
 from __future__ import annotations
@@ -10,10 +13,12 @@ import time
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 
+import numpy as np
+
 from stream_adapt.adapt import Adapter
-from stream_adapt.decode import Decoder
+from stream_adapt.decode import Decoder, dead_letter
 from stream_adapt.emit import Emitter
-from stream_adapt.record import DeadLetter, RawBatch, Source, Work
+from stream_adapt.record import Adapted, Batch, DeadLetter, Flag, RawBatch, Source, Work, selected
 
 #: Called with a stage's name and its seconds.
 StageTimer = Callable[[str, float], None]
@@ -22,10 +27,11 @@ StageTimer = Callable[[str, float], None]
 class Pipeline:
     """Decoder, adapter and emitter of one model, in order."""
 
-    def __init__(self, decoder: Decoder, adapter: Adapter, emitter: Emitter) -> None:
+    def __init__(self, decoder: Decoder, adapter: Adapter, emitter: Emitter, late_is_dead: bool = False) -> None:
         self.decoder = decoder
         self.adapter = adapter
         self.emitter = emitter
+        self._late_is_dead = late_is_dead
         self.timer: StageTimer = lambda _stage, _seconds: None
 
     def __call__(self, raw: RawBatch, undeliverable: Mapping[Source, int] = MappingProxyType({})) -> Work:
@@ -41,8 +47,13 @@ class Pipeline:
         decoded = time.perf_counter()
         adapted = self.adapter.adapt(batch)
         self.adapter.passed(raw.partitions, raw.offsets)
+        if self._late_is_dead and np.any(adapted.flags & Flag.LATE):
+            batch, adapted, late = _without_late(raw, batch, adapted)
+            dead += late
         learned = time.perf_counter()
         outputs = [self.emitter.scores(batch, adapted)]
+        if batch.erasures:
+            outputs.append(self.emitter.receipts(batch, adapted))
         if dead:
             outputs.append(self.emitter.dead_letters(dead, _too_large_themselves(dead, undeliverable)))
         ended = time.perf_counter()
@@ -50,6 +61,17 @@ class Pipeline:
         self.timer("adapt", learned - decoded)
         self.timer("emit", ended - learned)
         return Work(outputs, batch, adapted, dead, ended - started)
+
+
+def _without_late(raw: RawBatch, batch: Batch, adapted: Adapted) -> tuple[Batch, Adapted, list[DeadLetter]]:
+    """What is not late, and dead letters of what is."""
+    late = (adapted.flags & Flag.LATE) > 0
+    index = {source: i for i, source in enumerate(zip(raw.partitions.tolist(), raw.offsets.tolist(), strict=True))}
+    letters = []
+    for k in np.flatnonzero(late).tolist():
+        detail = f"timestamp={batch.timestamps_ms[k]} is before the last event learned for this user"
+        letters.append(dead_letter(raw, index[int(batch.partitions[k]), int(batch.offsets[k])], "late", detail))
+    return selected(batch, ~late), selected(adapted, ~late), letters
 
 
 def _too_large_themselves(dead: list[DeadLetter], undeliverable: Mapping[Source, int]) -> set[Source]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 from enum import IntFlag
-from typing import Any, NewType, TypeVar
+from typing import Any, NewType, Protocol, TypeVar
 
 import msgspec
 import numpy as np
@@ -24,6 +24,12 @@ Ints = npt.NDArray[np.int32]
 
 #: Where a record lies in the input topic: partition, offset.
 Source = tuple[int, int]
+
+#: Headers of a record, in order.
+Headers = Sequence[tuple[str, bytes | None]]
+
+#: `event_type` of a record that asks for the user's row to be erased.
+ERASE = "$erase"
 
 #: One declared feature's value as producers send it.
 FeatureValue = float | str | list[str] | list[float] | None
@@ -47,6 +53,29 @@ class UserEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     label: float | None = None
     features: dict[str, FeatureValue] = {}
     domain: str | None = None
+
+
+class EraseRequest(msgspec.Struct, frozen=True, gc=False):
+    """A record of the events topic that has a user's row erased: erase v1, `schemas/erase-v1.json`."""
+
+    event_id: str
+    user_id: UserId
+    event_type: str  # ERASE
+    timestamp: int  # ms since the epoch
+
+
+class Receipt(msgspec.Struct, frozen=True, gc=False):
+    """A record of the scores topic that says that a user's row was erased: receipt v1, `schemas/receipt-v1.json`."""
+
+    event_id: str
+    user_id: UserId
+    flags: tuple[str, ...]  # "erased"
+    had_row: bool
+    event_timestamp: int
+    erased_at: int
+    source_topic: str
+    source_partition: int
+    source_offset: int
 
 
 class Flag(IntFlag):
@@ -94,6 +123,12 @@ class TopicNames:
         return cls(f"{app}.events", f"{app}.scores", f"{app}.dead-letters")
 
 
+class Message(Protocol):
+    """What a record's headers are read from."""
+
+    def headers(self) -> Any: ...
+
+
 @dataclass(frozen=True, slots=True)
 class RawBatch:
     """Records as Kafka gave them: columns of equal length n."""
@@ -102,21 +137,27 @@ class RawBatch:
     values: list[bytes | None]
     partitions: Ints
     offsets: Longs
+    messages: Sequence[Message] = ()  # the same as the client gave them, or none: their headers
 
     def __len__(self) -> int:
         return len(self.values)
+
+    def headers(self, i: int) -> Headers:
+        """Headers of record i; looked at for the few records that are refused."""
+        return (self.messages[i].headers() or ()) if self.messages else ()
 
     def chunks(self, size: int) -> Iterator[RawBatch]:
         """The same records in the same order, at most `size` at a time; one empty chunk if there are none."""
         for start in range(0, max(len(self), 1), size):
             at = slice(start, start + size)
-            yield RawBatch(self.keys[at], self.values[at], self.partitions[at], self.offsets[at])
+            yield RawBatch(self.keys[at], self.values[at], self.partitions[at], self.offsets[at], self.messages[at])
 
     def take(self, indices: Longs) -> RawBatch:
         """The records at these indices, in their order."""
         at = indices.tolist()
         keys, values = [self.keys[i] for i in at], [self.values[i] for i in at]
-        return RawBatch(keys, values, self.partitions[indices], self.offsets[indices])
+        messages = [self.messages[i] for i in at] if self.messages else ()
+        return RawBatch(keys, values, self.partitions[indices], self.offsets[indices], messages)
 
     @property
     def next_offsets(self) -> dict[int, int]:
@@ -134,11 +175,24 @@ class DeadLetter:
     offset: int
     reason: str
     detail: str
+    headers: Headers = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Erasure:
+    """A user's row is to be erased from one partition, after the first `position` events of its batch."""
+
+    event_id: str
+    user_id: UserId
+    timestamp_ms: int
+    partition: int
+    offset: int
+    position: int
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Decoded and valid events: columns of equal length n, in consumption order."""
+    """Decoded and valid events: columns of equal length n, in consumption order; and erasures between them."""
 
     event_ids: list[str]
     user_ids: list[UserId]
@@ -148,13 +202,15 @@ class Batch:
     levels: npt.NDArray[np.int8]  # NO_LEVEL where there is nothing to learn
     partitions: Ints
     offsets: Longs
+    erasures: Sequence[Erasure] = ()  # in consumption order
 
     def __len__(self) -> int:
         return len(self.event_ids)
 
-    def part(self, start: int, stop: int) -> Batch:
-        """The events from `start` to `stop`."""
-        return Batch(*(getattr(self, column.name)[start:stop] for column in fields(self)))
+    def between(self, start: int, stop: int) -> Batch:
+        """Some of the events, without erasures."""
+        columns = [getattr(self, column.name)[start:stop] for column in fields(self) if column.name != "erasures"]
+        return Batch(*columns)
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,11 +223,7 @@ class Adapted:
     uncertainty: Floats  # standard deviation of the logit before the update
     adaptations: Longs  # of this user so far, this event included if it taught
     flags: npt.NDArray[np.uint8]  # bits of Flag
-
-    @classmethod
-    def joined(cls, parts: Sequence[Adapted]) -> Adapted:
-        """What was said of the parts of a batch, as one."""
-        return parts[0] if len(parts) == 1 else _joined(cls, parts)
+    erased: Sequence[bool] = ()  # for each erasure, whether there was a row
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +233,7 @@ class Outputs:
     topic: str
     keys: Sequence[bytes | None]
     values: Sequence[bytes | None]
-    headers: Sequence[list[tuple[str, bytes]]] | None
+    headers: Sequence[Headers] | None
     partitions: Sequence[int]  # of the input record that each comes from
     offsets: Sequence[int]
 
@@ -199,6 +251,11 @@ class Work:
     dead_letters: list[DeadLetter]
     seconds: float  # that it took
 
+    @property
+    def records(self) -> int:
+        """Input records: scores, dead letters and receipts."""
+        return len(self.batch) + len(self.dead_letters) + len(self.batch.erasures)
+
     @classmethod
     def joined(cls, parts: Sequence[Work]) -> Work:
         """What the chunks of a batch led to, as one."""
@@ -206,8 +263,8 @@ class Work:
             return parts[0]
         return cls(
             [block for part in parts for block in part.outputs],
-            _joined(Batch, [part.batch for part in parts]),
-            Adapted.joined([part.adapted for part in parts]),
+            joined(Batch, [part.batch for part in parts]),
+            joined(Adapted, [part.adapted for part in parts]),
             [letter for part in parts for letter in part.dead_letters],
             sum(part.seconds for part in parts),
         )
@@ -215,9 +272,26 @@ class Work:
 
 _Columns = TypeVar("_Columns", Batch, Adapted)
 
+#: Columns that are not one value for each event, or are done with.
+_NOT_BY_EVENT = ("features", "erasures", "erased")
 
-def _joined(kind: type[_Columns], parts: Sequence[_Columns]) -> _Columns:
-    """Columns of several batches, one after the other."""
+
+def selected(columns: _Columns, chosen: npt.NDArray[np.bool_]) -> _Columns:
+    """Those of n events for which `chosen` `[n]` holds; without features, and with erasures as they were."""
+    kept: dict[str, Any] = {}
+    for column in fields(columns):
+        values = getattr(columns, column.name)
+        if isinstance(values, np.ndarray):
+            kept[column.name] = values[chosen]
+        elif column.name in _NOT_BY_EVENT:
+            kept[column.name] = [] if column.name == "features" else values
+        else:
+            kept[column.name] = [value for value, wanted in zip(values, chosen.tolist(), strict=True) if wanted]
+    return type(columns)(**kept)
+
+
+def joined(kind: type[_Columns], parts: Sequence[_Columns]) -> _Columns:
+    """Columns of several batches, one after the other; without features, and with erasures where they were."""
     columns: list[Any] = []
     for column in fields(kind):
         values = [getattr(part, column.name) for part in parts]

@@ -208,7 +208,7 @@ class Runner:
         for partition, offset in next_offsets.items():
             self._note_position(partition, offset)
         work = Work.joined(done)
-        self.events += len(work.batch) + len(work.dead_letters)
+        self.events += work.records
         self._pause_s = _FIRST_PAUSE_S
         self._observer.committed(work, outcome)
 

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
+from pathlib import Path
 
 import msgspec
 import structlog
@@ -19,7 +20,7 @@ from stream_adapt.commit import AtLeastOnce, Delivery, ExactlyOnce
 from stream_adapt.config import Config
 from stream_adapt.decode import Decoder, Limits
 from stream_adapt.emit import Emitter
-from stream_adapt.errors import ConfigError, KafkaRefused
+from stream_adapt.errors import ConfigError, KafkaRefused, StateFull
 from stream_adapt.health import Health, HealthServer
 from stream_adapt.kafka import properties
 from stream_adapt.kafka.consumer import InputConsumer, RebalanceListener
@@ -27,10 +28,11 @@ from stream_adapt.kafka.errors import describe, kafka_error
 from stream_adapt.kafka.producer import OutputProducer
 from stream_adapt.kafka.topics import TopicSpec, product_topics
 from stream_adapt.learner.feedback import Feedback
+from stream_adapt.learner.rules.kalman.step import Screen
 from stream_adapt.metrics import Metrics
 from stream_adapt.models import Model, read_model
 from stream_adapt.pipeline import Pipeline
-from stream_adapt.record import TopicNames
+from stream_adapt.record import Flag, TopicNames
 from stream_adapt.runner import Observer, Observers, Pace, Runner, Shutdown
 from stream_adapt.state.row import Kind
 
@@ -178,9 +180,39 @@ def build_pipeline(config: Config, model: Model, topics: TopicNames) -> Pipeline
     limits = Limits(config.input.max_bytes, config.input.max_future_s, config.input.check_key)
     return Pipeline(
         Decoder(model.spec.features, model.spec.feedback, limits),
-        Adapter(model, config.model.device, folder=config.state.dir, ttl_s=config.state.ttl_s),
+        Adapter(model, config.model.device, screen_of(config), folder=rows_folder(config), ttl_s=config.state.ttl_s),
         Emitter(topics, model.version, model.spec.feedback.target_level),
+        late_is_dead=config.input.late == "dead_letter",
     )
+
+
+def rows_folder(config: Config) -> Path | None:
+    """Folder for the rows' file, made if it is not there; None if they lie in memory.
+
+    Raises:
+        StateFull: it cannot be made.
+    """
+    if config.state.rows == "memory":
+        return None
+    folder = config.state_dir
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise StateFull(
+            f"state.dir={folder}: cannot be made: {error.strerror}. To do: set state.dir to a folder that this process "
+            "may write, on a local disk, or state.rows to memory"
+        ) from error
+    return folder
+
+
+def screen_of(config: Config) -> Screen:
+    """Which events teach nothing: late ones and duplicates, as the configuration says."""
+    barred = Flag(0)
+    if config.input.deduplicate:
+        barred |= Flag.DUPLICATE
+    if config.input.late != "learn":
+        barred |= Flag.LATE
+    return Screen(int(config.input.late_after_s * 1000), int(barred))
 
 
 def pace_of(config: Config) -> Pace:

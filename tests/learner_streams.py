@@ -130,7 +130,7 @@ def random_features(rng: np.random.Generator, user: int) -> dict[str, Any]:
 def part(batch: Batch, at: slice | Sequence[int]) -> Batch:
     """Some events of a batch."""
     which = np.arange(len(batch))[at]
-    columns = {f.name: getattr(batch, f.name) for f in dataclasses.fields(Batch)}
+    columns = {f.name: getattr(batch, f.name) for f in dataclasses.fields(Batch) if f.name != "erasures"}
     return Batch(**{k: c[which] if isinstance(c, np.ndarray) else [c[i] for i in which] for k, c in columns.items()})
 
 

@@ -102,6 +102,7 @@ class InputConsumer:
             [m.value() for m in records],
             np.array([m.partition() for m in records], dtype=np.int32),
             np.array([m.offset() for m in records], dtype=np.int64),
+            records,
         )
         due = due_records(raw.partitions, raw.offsets, self.positions.next_offsets)
         return raw if due is None else raw.take(due)

@@ -177,7 +177,9 @@ def seen_of(
 ) -> Seen:
     delta = torch.cat([items.delta[at], torch.zeros(len(at), 1)], 1)
     offset, time_ms = theta.bias + c + items.c[at], hours * 3_600_000
-    return Seen(x + delta, w0, offset, items.c_var[at], items.delta_var[at], items.hash[at], time_ms, level, level.int())
+    return Seen(
+        x + delta, w0, offset, items.c_var[at], items.delta_var[at], items.hash[at], time_ms, level, level.int()
+    )
 
 
 @both_covariances

@@ -1,4 +1,4 @@
-"""Late and duplicate events: told apart by the user's row, the same for `step` and `batched`, however batches are cut."""
+"""Late and duplicate events: told by the user's row, by `step` and `batched` alike, however batches are cut."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Time to live: idle users are forgotten, and it makes no difference where batches were cut, what failed or restarted."""
+"""Time to live: idle users are forgotten; where batches were cut, what failed or restarted makes no difference."""
 
 from __future__ import annotations
 

@@ -324,7 +324,7 @@ def test_flags_are_counted_one_by_one(member: Member) -> None:
 
     counted = {flag.name: member.value("flagged_scores_total", flag=str(flag.name).lower()) for flag in Flag}
 
-    assert counted == {"SCORE_ONLY": 0.0, "NAN_UNDONE": 1.0, "LATE": 2.0}
+    assert counted == {"SCORE_ONLY": 0.0, "NAN_UNDONE": 1.0, "LATE": 2.0, "DUPLICATE": 0.0}
 
 
 def test_log_loss_is_that_of_events_with_a_target(member: Member) -> None:

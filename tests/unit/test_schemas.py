@@ -7,18 +7,38 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 import pytest
 from jsonschema import Draft202012Validator
 
-from stream_adapt.decode import ID_LIMIT, REASONS, event_struct
+from stream_adapt.decode import ID_LIMIT, REASONS, Decoder, event_struct
 from stream_adapt.emit import Emitter
 from stream_adapt.learner.encoder import BAG_LIMIT, NUMBER_LIMIT, Bag, Categorical, Numeric, Vector, features_struct
 from stream_adapt.learner.feedback import Feedback
-from stream_adapt.record import DeadLetter, Flag, ItemId, Score, TopicNames, UserEvent, UserId
+from stream_adapt.record import (
+    Adapted,
+    Batch,
+    DeadLetter,
+    EraseRequest,
+    Erasure,
+    Flag,
+    ItemId,
+    RawBatch,
+    Receipt,
+    Score,
+    TopicNames,
+    UserEvent,
+    UserId,
+)
 
 SCHEMAS = Path(__file__).parents[2] / "schemas"
 EXAMPLES = sorted((SCHEMAS / "examples").iterdir())
-STRUCTS: dict[str, type[msgspec.Struct]] = {"event-v1": UserEvent, "score-v1": Score}
+STRUCTS: dict[str, type[msgspec.Struct]] = {
+    "event-v1": UserEvent,
+    "erase-v1": EraseRequest,
+    "score-v1": Score,
+    "receipt-v1": Receipt,
+}
 
 
 def schema(name: str) -> dict[str, Any]:
@@ -37,7 +57,7 @@ def examples_of(name: str) -> list[Path]:
     return [path for path in EXAMPLES if path.name.startswith(f"{name}.")]
 
 
-@pytest.mark.parametrize("name", ["event-v1", "score-v1", "dead-letter-v1"])
+@pytest.mark.parametrize("name", [*STRUCTS, "dead-letter-v1"])
 def test_schemas_are_valid_named_after_their_file_and_describe_every_field(name: str) -> None:
     found = schema(name)
     Draft202012Validator.check_schema(found)
@@ -137,12 +157,44 @@ def test_the_schema_knows_every_reason_of_a_dead_letter() -> None:
     assert all(f"{name}: {meaning}" in reason["description"] for name, meaning in REASONS.items())
 
 
+def test_the_consumer_takes_the_golden_requests_for_erasures() -> None:
+    paths = examples_of("erase-v1")
+    keys: list[bytes | None] = [example(path)["user_id"].encode() for path in paths]
+    raw = RawBatch(keys, [p.read_bytes() for p in paths], np.zeros(len(paths), np.int32), np.arange(len(paths)))
+    batch, dead = Decoder({}, Feedback())(raw)
+    assert (dead, len(batch)) == ([], 0)
+    assert [example(path)["user_id"] for path in paths] == [erasure.user_id for erasure in batch.erasures]
+
+
+def test_emitted_receipts_are_valid_and_say_what_they_are() -> None:
+    emitter = Emitter(TopicNames(events="app.events", scores="app.scores", dead_letters="app.dead-letters"), "v1", 1)
+    nothing = np.zeros(0)
+    erasures = [Erasure("e", UserId("u"), 5, 2, 7, 0), Erasure("e", UserId("u"), 5, 3, 1, 0)]
+    batch = Batch([], [], [], [], nothing.astype(int), nothing, nothing, nothing, erasures)
+    emitted = emitter.receipts(batch, Adapted(nothing, nothing, nothing, nothing, nothing, nothing, [True, False]))
+    values = [json.loads(value or b"") for value in emitted.values]
+    for value in values:
+        validator("receipt-v1").validate(value)
+    assert [(2, 7, True), (3, 1, False)] == [(v["source_partition"], v["source_offset"], v["had_row"]) for v in values]
+    assert emitted.headers == [[("stream-adapt.schema", b"receipt/v1")]] * 2
+    assert emitted.keys == [b"u", b"u"]
+
+
+def test_a_dead_letter_keeps_the_records_own_headers_and_the_count_of_replays() -> None:
+    emitter = Emitter(TopicNames(events="app.events", scores="app.scores", dead_letters="app.dead-letters"), "v1", 1)
+    own = [("trace", b"1"), ("stream-adapt.reason", b"old"), ("stream-adapt.replays", b"2"), ("trace", None)]
+    emitted = emitter.dead_letters([DeadLetter(b"u", b"{", 2, 7, "not_json", "", own)])
+    assert emitted.headers is not None
+    assert [("trace", b"1"), ("stream-adapt.replays", b"2"), ("trace", None)] == list(emitted.headers[0])[:3]
+    assert [b"not_json"] == [value for name, value in emitted.headers[0] if name == "stream-adapt.reason"]
+
+
 @pytest.mark.parametrize("truncated", [False, True])
 def test_headers_of_an_emitted_dead_letter_are_valid(truncated: bool) -> None:
     emitter = Emitter(TopicNames(events="app.events", scores="app.scores", dead_letters="app.dead-letters"), "v1", 1)
     letter = DeadLetter(b"u", b"{", 2, 7, "not_json", "too long " * 100)
     emitted = emitter.dead_letters([letter], {(2, 7)} if truncated else ())
     assert emitted.headers is not None
-    headers = {name: value.decode() for name, value in emitted.headers[0]}
+    headers = {name: (value or b"").decode() for name, value in emitted.headers[0]}
     validator("dead-letter-v1").validate(headers)
     assert truncated is ("stream-adapt.truncated" in headers)

@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from stream_adapt.errors import ConfigError
-from stream_adapt.learner.rules.kalman.step import LARGEST, MS_PER_HOUR, Array, Events, Scores, Screen
+from stream_adapt.learner.rules.kalman.step import LARGEST, LEARN_ALL, MS_PER_HOUR, Array, Events, Scores, Screen
 from stream_adapt.models import SlowWeights
 from stream_adapt.record import Flag
 
@@ -229,7 +229,7 @@ def settle(items: Items, window: Tensor) -> Items:
     )
 
 
-def read(theta: Theta, users: Users, seen: Seen, screen: Screen = Screen()) -> Reading:
+def read(theta: Theta, users: Users, seen: Seen, screen: Screen = LEARN_ALL) -> Reading:
     """Leak to the prior, then z = b + c + ⟨w, x̃⟩ and its variance. The rows stay as they are."""
     hours = (seen.time_ms - users.last_ms).clamp(min=0) / MS_PER_HOUR  # [m]
     decay = torch.exp(-(theta.leak[0] + theta.leak[1] * torch.log1p(hours.double())))  # [m]
@@ -250,7 +250,7 @@ def read(theta: Theta, users: Users, seen: Seen, screen: Screen = Screen()) -> R
     )
 
 
-def write(theta: Theta, users: Users, seen: Seen, reading: Reading, screen: Screen = Screen()) -> Written:
+def write(theta: Theta, users: Users, seen: Seen, reading: Reading, screen: Screen = LEARN_ALL) -> Written:
     """Learns from m events: e = s − z, T = v + σ² + v_item, d += P x̃ e/T, P −= P x̃ x̃ᵀP/T.
 
     A row stays as it was, without the leak, if its event carries no level or a flag that bars it, or if the update is

@@ -70,6 +70,10 @@ class Screen(NamedTuple):
     barred: int = 0  # bits of Flag: an event that has one of them is scored and teaches nothing
 
 
+#: Late events teach, too, and nobody looks for duplicates.
+LEARN_ALL = Screen()
+
+
 class Events(NamedTuple):
     """A batch of n events in consumption order, encoded."""
 
@@ -88,7 +92,7 @@ class Events(NamedTuple):
     rows: Array  # [k]
     weights: Array  # [k]
     event_hash: Array  # [n] what rings keep of the event's id, 0: nothing
-    screen: Screen = Screen()
+    screen: Screen = LEARN_ALL
 
 
 class Scores(NamedTuple):
