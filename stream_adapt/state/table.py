@@ -157,7 +157,7 @@ class Table:
         idle = times < times.max() - ttl_ms
         slots, times = slots[idle], times[idle]
         if len(slots) <= most:
-            return self.ids[slots].tolist()
+            return list(self.ids[slots])
         last = np.partition(times, most)[most]
         sooner = self.ids[slots[times < last]].tolist()
         return [*sooner, *sorted(self.ids[slots[times == last]])[: most - len(sooner)]]
