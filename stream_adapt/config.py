@@ -109,6 +109,7 @@ class TopicsSection(_Section):
     events: str | None = Field(None, description="Input.")
     scores: str | None = Field(None, description="Scores, one for each event.")
     dead_letters: str | None = Field(None, description="Records that were refused, with the reason.")
+    changelog: str | None = Field(None, description="Rows; compacted, with the input's number of partitions.")
     partitions: int = Field(4, ge=1, le=10_000, description="Partitions that `topics create` gives the topics.")
     replication: int = Field(1, ge=1, le=10, description="Replicas that `topics create` gives them.")
 
@@ -134,6 +135,17 @@ class ModelSection(_Section):
     path: Path = Field(Path("models"), description="A model's folder, or a registry: then its newest version.")
     covariance: Literal["diagonal", "full"] | None = Field(None, description="As pretrained if not set.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto serves on the CPU.")
+
+
+class StateSection(_Section):
+    """Where rows are kept, and how they come back."""
+
+    dir: Path | None = Field(None, description="Folder for this member's rows; none: memory alone.")
+    restore_stall_s: Positive = Field(
+        120,
+        description="A restore that does not advance for so long is given up. Above the transaction timeout: an open "
+        "transaction in the changelog is waited for.",
+    )
 
 
 class MetricsSection(_Section):
@@ -164,6 +176,7 @@ class Config(_Section):
     topics: TopicsSection = Field(default_factory=TopicsSection)
     input: InputSection = Field(default_factory=InputSection)
     model: ModelSection = Field(default_factory=ModelSection)
+    state: StateSection = Field(default_factory=StateSection)
     delivery: Literal["exactly_once", "at_least_once"] = Field(
         "exactly_once", description="at_least_once: no transaction; after a crash some scores come twice."
     )
@@ -178,18 +191,25 @@ class Config(_Section):
                 f"kafka.transaction_timeout_ms={kafka.transaction_timeout_ms} must be below "
                 f"kafka.session_timeout_ms={kafka.session_timeout_ms}: a member that was removed must not commit"
             )
+        if self.state.restore_stall_s * 1000 <= kafka.transaction_timeout_ms:
+            raise ValueError(
+                f"state.restore_stall_s={self.state.restore_stall_s:g} must be above kafka.transaction_timeout_ms="
+                f"{kafka.transaction_timeout_ms}: the transaction of a member that died is waited for"
+            )
         if self.input.latency_ms * 2 >= kafka.transaction_timeout_ms:
             raise ValueError("input.latency_ms must be far below kafka.transaction_timeout_ms")
         return self
 
-    def topic(self, what: Literal["events", "scores", "dead_letters"]) -> str:
+    def topic(self, what: Literal["events", "scores", "dead_letters", "changelog"]) -> str:
         """Name of a topic."""
         return getattr(self.topics, what) or f"{self.app.name}.{what.replace('_', '-')}"
 
     @property
     def topic_names(self) -> TopicNames:
         """Names of all topics."""
-        return TopicNames(self.topic("events"), self.topic("scores"), self.topic("dead_letters"))
+        return TopicNames(
+            self.topic("events"), self.topic("scores"), self.topic("dead_letters"), self.topic("changelog")
+        )
 
     @property
     def group_id(self) -> str:
@@ -246,6 +266,7 @@ def effective(loaded: Loaded) -> Iterator[tuple[str, Any, str]]:
         "topics.events": names.events,
         "topics.scores": names.scores,
         "topics.dead_letters": names.dead_letters,
+        "topics.changelog": names.changelog,
     }
     for key, value in _flatten(config.model_dump(mode="json")):
         if value is None and key in derived:

@@ -1,18 +1,34 @@
-"""Emit: scores and dead letters become output records, one for every input record.
+"""Emit: scores and dead letters become output records, one for every input record; changed rows become the changelog's.
 
-Third stage of the path. Field names and meanings: `schemas/score-v1.json`, `schemas/dead-letter-v1.json`.
+Third stage of the path. Field names and meanings: `schemas/score-v1.json`, `schemas/dead-letter-v1.json`; bytes of
+rows: `state/row.py`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import repeat
 
 import msgspec
 import numpy as np
 
-from stream_adapt.record import NO_LEVEL, Adapted, Batch, DeadLetter, Flag, Floats, Outputs, Score, Source, TopicNames
+from stream_adapt.record import (
+    NO_LEVEL,
+    NO_SOURCE,
+    Adapted,
+    Batch,
+    DeadLetter,
+    Flag,
+    Floats,
+    Outputs,
+    Score,
+    Source,
+    TopicNames,
+)
+from stream_adapt.state.overlay import Overlay
+from stream_adapt.state.row import CONTROL_KEY, PREFIX, ControlRow
+from stream_adapt.state.table import Slots, Table
 
 #: Longest detail in a dead letter's header, in characters.
 _DETAIL_LIMIT = 500
@@ -80,6 +96,20 @@ class Emitter:
             [letter.offset for letter in letters],
         )
 
+    def rows(self, overlay: Overlay, shards: Iterable[ControlRow]) -> Iterator[Outputs]:
+        """Every row that changed since the last commit, tombstones of those that were dropped, and control rows.
+
+        Each goes to the changelog's partition of its shard's number, whatever its key.
+        """
+        topic = self._topics.changelog
+        for table, slots in overlay.changed():
+            if len(slots):
+                yield _changed(topic, table, slots)
+        removed = [(PREFIX[table.layout.kind] + row_id.encode(), None, p) for table, p, row_id in overlay.removed]
+        controls = [(CONTROL_KEY, row.to_bytes(), row.partition) for row in shards]
+        if removed or controls:
+            yield _by_partition(topic, *zip(*removed, *controls, strict=True))
+
     def _headers(self, letter: DeadLetter, truncated: bool) -> list[tuple[str, bytes]]:
         headers = [
             ("stream-adapt.schema", b"dead-letter/v1"),
@@ -90,6 +120,18 @@ class Emitter:
             ("stream-adapt.source.offset", str(letter.offset).encode()),
         ]
         return [*headers, ("stream-adapt.truncated", b"true")] if truncated else headers
+
+
+def _changed(topic: str, table: Table, slots: Slots) -> Outputs:
+    prefix, ids = PREFIX[table.layout.kind].decode(), table.ids
+    keys = [f"{prefix}{ids[slot]}".encode() for slot in slots.tolist()]
+    return _by_partition(topic, keys, table.layout.to_values(table.rows, slots), table.partition_of[slots].tolist())
+
+
+def _by_partition(
+    topic: str, keys: Sequence[bytes], values: Sequence[bytes | None], partitions: Sequence[int]
+) -> Outputs:
+    return Outputs(topic, keys, values, None, partitions, [NO_SOURCE] * len(keys), partitions)
 
 
 def _rounded(column: Floats) -> list[float]:

@@ -7,13 +7,14 @@ raw records ─▶ decode ─▶ adapt (score, then learn, event by event) ─�
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 from stream_adapt.adapt import Adapter
 from stream_adapt.decode import Decoder
 from stream_adapt.emit import Emitter
-from stream_adapt.record import DeadLetter, RawBatch, Source, Work
+from stream_adapt.record import DeadLetter, Outputs, RawBatch, Source, Work
+from stream_adapt.state.row import ControlRow
 
 #: Called with a stage's name and its seconds.
 StageTimer = Callable[[str, float], None]
@@ -49,6 +50,13 @@ class Pipeline:
         self.timer("adapt", learned - decoded)
         self.timer("emit", ended - learned)
         return Work(outputs, batch, adapted, dead, ended - started)
+
+    def changes(self, controls: Iterable[ControlRow]) -> list[Outputs]:
+        """The rows that changed since the last commit, and where their shards then stand: for the changelog."""
+        started = time.perf_counter()
+        outputs = list(self.emitter.rows(self.adapter.overlay, controls))
+        self.timer("changelog", time.perf_counter() - started)
+        return outputs
 
 
 def _too_large_themselves(dead: list[DeadLetter], undeliverable: Mapping[Source, int]) -> set[Source]:

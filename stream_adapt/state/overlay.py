@@ -5,6 +5,7 @@ Rows that were created since then have no old bytes; an abort takes them out aga
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ class Overlay:
     def __init__(self, *tables: Table) -> None:
         self._tables = tables
         self._kept: list[tuple[Table, Slots, npt.NDArray[Any]]] = []
+        self.removed: list[tuple[Table, int, str]] = []  # partition and id of rows dropped since the last commit
 
     @property
     def is_empty(self) -> bool:
@@ -29,6 +31,13 @@ class Overlay:
         """Copies the rows at `slots` `[n]` as they are now, but for those that were copied since the last commit."""
         first = table.first_touched(slots)
         self._kept.append((table, first, np.take(table.rows, first)))  # a fifth of the time of an index
+
+    def changed(self) -> Iterator[tuple[Table, Slots]]:
+        """Slots that were touched or created since the last commit, each once."""
+        for table in self._tables:
+            kept = [slots for one, slots, _ in self._kept if one is table]
+            created = np.array([slot for _, _, slot in table.created], dtype=np.int64)
+            yield table, np.concatenate([*kept, created])
 
     def restore(self) -> None:
         """Puts every row back, and takes out the rows that were created."""
@@ -42,5 +51,6 @@ class Overlay:
     def forget(self) -> None:
         """The rows as they are now are the committed state."""
         self._kept.clear()
+        self.removed.clear()
         for table in self._tables:
             table.forget_touched()

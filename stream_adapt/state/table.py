@@ -30,6 +30,8 @@ class Table:
         self.layout = layout
         self.rows: npt.NDArray[Any] = np.zeros(_FIRST_CAPACITY, dtype=layout.dtype)
         self.created: list[tuple[int, str, int]] = []
+        self.ids: list[str] = []  # by slot; stale where the slot is free
+        self.partition_of: npt.NDArray[np.int32] = np.zeros(_FIRST_CAPACITY, dtype=np.int32)  # by slot
         self._start = start
         self._index: dict[int, dict[str, int]] = {}
         self._free: list[int] = []
@@ -74,6 +76,8 @@ class Table:
         slots = self._take_slots(len(keys))
         for (partition, row_id), slot in zip(keys, slots.tolist(), strict=True):
             self._index[partition][row_id] = slot
+            self.ids[slot] = row_id
+            self.partition_of[slot] = partition
             self.created.append((partition, row_id, slot))
         self.rows.view(np.uint8).reshape(len(self.rows), -1)[slots] = 0
         self._touched_in[slots] = self._round
@@ -88,7 +92,20 @@ class Table:
             more = capacity - len(self.rows)
             self.rows = np.concatenate([self.rows, np.zeros(more, dtype=self.rows.dtype)])
             self._touched_in = np.concatenate([self._touched_in, np.zeros(more, dtype=np.int64)])
+            self.partition_of = np.concatenate([self.partition_of, np.zeros(more, dtype=np.int32)])
+        self.ids.extend([""] * (self._end - len(self.ids)))
         return np.concatenate([np.array(reused, dtype=np.int64), np.arange(first, self._end)])
+
+    def load(self, partition: int, row_ids: Sequence[str], rows: npt.NDArray[Any]) -> None:
+        """Takes in m restored rows, new or in place of those that are there; of equal ids the last one counts."""
+        index = self._index.setdefault(partition, {})
+        new = [row_id for row_id in dict.fromkeys(row_ids) if row_id not in index]
+        slots = self._take_slots(len(new))
+        self.partition_of[slots] = partition
+        for row_id, slot in zip(new, slots.tolist(), strict=True):
+            index[row_id] = slot
+            self.ids[slot] = row_id
+        self.rows[[index[row_id] for row_id in row_ids]] = rows
 
     def first_touched(self, slots: Slots) -> Slots:
         """Those of the slots `[n]` that were neither asked about nor created since `forget_touched`, each once."""
