@@ -182,7 +182,7 @@ class Restorer:
             records_per_s=round(shard.records / max(seconds, 1e-6)),
             next_offset=shard.control and shard.control.next_offset,
         )
-        if shard.control is not None and shard.control.model_version != self._expected.model_version:
+        if shard.control is not None and shard.control.model_version not in ("", self._expected.model_version):
             log.info(
                 "rows of another model are carried: they are deviations from what a model says",
                 partition=shard.partition,
