@@ -9,6 +9,7 @@ The path of a record, in reading order:
     pipeline   the three above, in order
     commit     outputs and offsets in one transaction, and what every error means
     runner     poll → pipeline → commit, until told to stop
+    restore    a shard's rows come back from the changelog, and are checked
     service    a member put together from its configuration
 
 Around it:
@@ -16,6 +17,7 @@ Around it:
     learner/  state/  models        encoder, feedback and rules; rows and overlay; slow weights on disk
     meta/  pretraining  datasets/   from a log of events to a model
     kafka/  errors                  consumer, producer, topics, a broker to try things on; what can go wrong
+    repair                          when rows and offsets do not belong together: `stream-adapt state …`
     config  logs  metrics  health   what an operator sets and sees
     cli  demo/  bench  evaluate/    commands, and what they measure: live, in speed, and in quality
     local  testing/                 this machine; fixtures and helpers for your own tests

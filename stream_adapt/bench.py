@@ -45,13 +45,14 @@ from stream_adapt.kafka.topics import create_topics
 from stream_adapt.learner.encoder import Bag, Categorical, Feature, Numeric, features_struct
 from stream_adapt.models import Covariance, LearnerSpec, read_model
 from stream_adapt.record import Batch, Outputs, RawBatch, Score, UserEvent, Work
+from stream_adapt.restore import Slice
 from stream_adapt.runner import Pace, Shutdown
 from stream_adapt.state.row import ControlRow
 from stream_adapt.testing.model import random_model
 
 #: What the events of the benchmark carry: a record of about 250 bytes.
 FEATURES: dict[str, Feature] = {"category": Categorical(), "tags": Bag(), "price": Numeric(hats=5)}
-STAGES = ("poll", "decode", "adapt", "emit", "commit")
+STAGES = ("poll", "decode", "adapt", "emit", "changelog", "commit")
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,9 @@ class Stopwatch:
         pass
 
     def rebalanced(self, _kind: str, _partitions: Collection[int]) -> None:
+        pass
+
+    def restoring(self, _done: Slice) -> None:
         pass
 
     @property

@@ -1,6 +1,7 @@
 """The command line. Every command has `--json`: one object on stdout, everything else on stderr.
 
-Exit codes: 0 done · 1 bug · 2 usage or configuration · 3 refused by Kafka · 4 fenced by another instance.
+Exit codes: 0 done · 1 bug · 2 usage or configuration · 3 refused by Kafka · 4 fenced by another instance ·
+5 state and offsets disagree.
 Heavy packages (torch, numba, matplotlib) are imported by the command that needs them, so that `--help` is quick.
 """
 
@@ -10,13 +11,16 @@ import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 import msgspec
 
 from stream_adapt import __version__
 from stream_adapt.errors import KafkaRefused, StreamAdaptError
+
+if TYPE_CHECKING:
+    from stream_adapt.repair import Plan
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
@@ -116,6 +120,60 @@ def topics_create(config_path: Path | None, as_json: bool) -> None:
         click.echo(str(outcome), err=as_json)
     if not all(outcome.ok for outcome in outcomes):
         sys.exit(KafkaRefused.exit_code)
+
+
+@cli.group()
+def state() -> None:
+    """The rows of an application: for when they and the group's offsets do not belong together (exit code 5)."""
+
+
+_yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
+
+
+@state.command("reset")
+@_config_option
+@click.option("--partition", "partitions", multiple=True, type=click.IntRange(min=0), help="A shard; all if not given.")
+@_yes_option
+@_json_option
+def state_reset(config_path: Path | None, partitions: tuple[int, ...], yes: bool, as_json: bool) -> None:
+    """Forget the rows of some shards: their users and items start anew from the group's committed offsets on.
+
+    Writes a tombstone for every row and a control row at the committed offset, one transaction a shard. Stop all
+    members first.
+    """
+    from stream_adapt import config, repair
+
+    _carry_out(repair.plan_reset(config.load(config_path).config, partitions), yes, as_json)
+
+
+@state.command("accept-offset")
+@_config_option
+@click.option(
+    "--use",
+    required=True,
+    type=click.Choice(["group", "rows"]),
+    help="group: keep the rows, go on at the group's offset. rows: the group goes on where the rows stand.",
+)
+@_yes_option
+@_json_option
+def state_accept_offset(config_path: Path | None, use: Literal["group", "rows"], yes: bool, as_json: bool) -> None:
+    """Declare that rows and the group's committed offsets belong together.
+
+    With group, events between the two are learned twice, or not at all. With rows, nothing is lost or learned twice,
+    as long as the input still holds it; scores in between are written again. Stop all members first.
+    """
+    from stream_adapt import config, repair
+
+    _carry_out(repair.plan_accept_offset(config.load(config_path).config, use), yes, as_json)
+
+
+def _carry_out(plan: Plan, yes: bool, as_json: bool) -> None:
+    for change in plan.changes:
+        click.echo(str(change), err=as_json)
+    if not yes:
+        click.confirm("Do it?", abort=True, err=True)
+    plan.apply()
+    _print({"changes": plan.changes}, as_json)
 
 
 @cli.command()

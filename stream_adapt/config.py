@@ -109,6 +109,7 @@ class TopicsSection(_Section):
     events: str | None = Field(None, description="Input.")
     scores: str | None = Field(None, description="Scores, one for each event.")
     dead_letters: str | None = Field(None, description="Records that were refused, with the reason.")
+    changelog: str | None = Field(None, description="Rows; compacted, with the input's number of partitions.")
     partitions: int = Field(4, ge=1, le=10_000, description="Partitions that `topics create` gives the topics.")
     replication: int = Field(1, ge=1, le=10, description="Replicas that `topics create` gives them.")
 
@@ -151,7 +152,7 @@ class ModelSection(_Section):
 
 
 class StateSection(_Section):
-    """Rows of users and items, and what a member keeps on its disk."""
+    """Rows of users and items, how they come back, and what a member keeps on its disk."""
 
     dir: Path | None = Field(
         None,
@@ -166,6 +167,11 @@ class StateSection(_Section):
         None,
         description="Users idle for longer, in event time, are forgotten; looked for every 64 windows of a partition. "
         "Longer than input.max_future_s. Not set: never.",
+    )
+    restore_stall_s: Positive = Field(
+        120,
+        description="A restore that does not advance for so long is given up. Above the transaction timeout: an open "
+        "transaction in the changelog is waited for.",
     )
 
 
@@ -212,6 +218,11 @@ class Config(_Section):
                 f"kafka.transaction_timeout_ms={kafka.transaction_timeout_ms} must be below "
                 f"kafka.session_timeout_ms={kafka.session_timeout_ms}: a member that was removed must not commit"
             )
+        if self.state.restore_stall_s * 1000 <= kafka.transaction_timeout_ms:
+            raise ValueError(
+                f"state.restore_stall_s={self.state.restore_stall_s:g} must be above kafka.transaction_timeout_ms="
+                f"{kafka.transaction_timeout_ms}: the transaction of a member that died is waited for"
+            )
         if self.input.latency_ms * 2 >= kafka.transaction_timeout_ms:
             raise ValueError("input.latency_ms must be far below kafka.transaction_timeout_ms")
         return self
@@ -226,14 +237,16 @@ class Config(_Section):
             )
         return self
 
-    def topic(self, what: Literal["events", "scores", "dead_letters"]) -> str:
+    def topic(self, what: Literal["events", "scores", "dead_letters", "changelog"]) -> str:
         """Name of a topic."""
         return getattr(self.topics, what) or f"{self.app.name}.{what.replace('_', '-')}"
 
     @property
     def topic_names(self) -> TopicNames:
         """Names of all topics."""
-        return TopicNames(self.topic("events"), self.topic("scores"), self.topic("dead_letters"))
+        return TopicNames(
+            self.topic("events"), self.topic("scores"), self.topic("dead_letters"), self.topic("changelog")
+        )
 
     @property
     def state_dir(self) -> Path:
@@ -296,6 +309,7 @@ def effective(loaded: Loaded) -> Iterator[tuple[str, Any, str]]:
         "topics.events": names.events,
         "topics.scores": names.scores,
         "topics.dead_letters": names.dead_letters,
+        "topics.changelog": names.changelog,
     }
     for key, value in _flatten(config.model_dump(mode="json")):
         if value is None and key in derived:

@@ -1,12 +1,13 @@
-"""Emit: scores, receipts and dead letters become output records, one for every input record.
+"""Emit: what a batch led to becomes output records: a score, receipt or dead letter for every input record.
 
 Third stage of the path. Field names and meanings: `schemas/score-v1.json`, `receipt-v1.json`, `dead-letter-v1.json`.
+Rows that changed become the changelog's records; their bytes: `state/row.py`.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import repeat
 
 import msgspec
@@ -14,6 +15,7 @@ import numpy as np
 
 from stream_adapt.record import (
     NO_LEVEL,
+    NO_SOURCE,
     Adapted,
     Batch,
     DeadLetter,
@@ -25,6 +27,9 @@ from stream_adapt.record import (
     Source,
     TopicNames,
 )
+from stream_adapt.state.overlay import Overlay
+from stream_adapt.state.row import CONTROL_KEY, PREFIX, ControlRow
+from stream_adapt.state.table import Slots, Table
 
 #: Headers of our own begin with this.
 HEADER_PREFIX = "stream-adapt."
@@ -116,6 +121,20 @@ class Emitter:
             [letter.offset for letter in letters],
         )
 
+    def rows(self, overlay: Overlay, shards: Iterable[ControlRow]) -> Iterator[Outputs]:
+        """Every row that changed since the last commit, tombstones of those that were dropped, and control rows.
+
+        Each goes to the changelog's partition of its shard's number, whatever its key.
+        """
+        topic = self._topics.changelog
+        for table, slots in overlay.changed():
+            if len(slots):
+                yield _changed(topic, table, slots)
+        removed = [(PREFIX[table.layout.kind] + row_id.encode(), None, p) for table, p, row_id in overlay.removed]
+        controls = [(CONTROL_KEY, row.to_bytes(), row.partition) for row in shards]
+        if removed or controls:
+            yield _by_partition(topic, *zip(*removed, *controls, strict=True))
+
     def _headers(self, letter: DeadLetter, truncated: bool) -> list[tuple[str, bytes | None]]:
         headers: list[tuple[str, bytes | None]] = [
             *(() if truncated else ((name, value) for name, value in letter.headers if _is_kept(name))),
@@ -132,6 +151,18 @@ class Emitter:
 def _is_kept(name: str) -> bool:
     """Whether a refused record's header stays: of our own only the count of replays does."""
     return name == REPLAYS_HEADER or not name.startswith(HEADER_PREFIX)
+
+
+def _changed(topic: str, table: Table, slots: Slots) -> Outputs:
+    prefix = PREFIX[table.layout.kind].decode()
+    keys = [f"{prefix}{row_id}".encode() for row_id in table.ids[slots].tolist()]
+    return _by_partition(topic, keys, table.layout.to_values(table.rows, slots), table.partition_of[slots].tolist())
+
+
+def _by_partition(
+    topic: str, keys: Sequence[bytes], values: Sequence[bytes | None], partitions: Sequence[int]
+) -> Outputs:
+    return Outputs(topic, keys, values, None, partitions, [NO_SOURCE] * len(keys), partitions)
 
 
 def _rounded(column: Floats) -> list[float]:

@@ -6,7 +6,8 @@
     ├── DataError            exit 2  a data set could not be had, or is not what it should be
     ├── KafkaRefused         exit 3  the broker said no, or cannot be reached: nothing was lost
     ├── StateFull            exit 3  memory or disk for the rows is used up: nothing was lost
-    └── Fenced               exit 4  another instance uses this transactional.id
+    ├── Fenced               exit 4  another instance uses this transactional.id
+    └── StateMismatch        exit 5  rows and offsets, or rows and model, do not belong together: the operator decides
 
 A bad *record* is not an exception that leaves the pipeline: it becomes a dead letter (`decode.py`). What a Kafka
 error calls for inside a transaction (try again, abort, build a new producer) is decided in `kafka/errors.py`.
@@ -54,3 +55,12 @@ class Fenced(StreamAdaptError):
     """Another live instance uses the same transactional.id; this one stepped back."""
 
     exit_code = 4
+
+
+class StateMismatch(StreamAdaptError):
+    """The restored rows do not belong to the committed offsets or to the model; the message has both and the remedies.
+
+    Nothing was changed: going on would learn events twice or not at all, and nobody would notice.
+    """
+
+    exit_code = 5

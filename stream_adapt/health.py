@@ -7,8 +7,8 @@
 The loop's thread replaces one immutable value, `Seen`; whoever asks judges the newest one. Nothing is locked, and no
 request can hold up the loop.
 
-    starting ─▶ standby | assigned ─▶ progressing ⇄ idle        ready, but for starting
-                  any ─▶ stalled | aborting | not_progressing        not ready
+    starting ─▶ standby | restoring ─▶ assigned ─▶ progressing ⇄ idle        ready, but for starting and restoring
+                  any ─▶ stalled | aborting | not_progressing                     not ready
 """
 
 from __future__ import annotations
@@ -32,6 +32,7 @@ from stream_adapt.errors import ConfigError
 from stream_adapt.kafka.consumer import generation
 from stream_adapt.metrics import SAMPLE_PERIOD_S
 from stream_adapt.record import Work
+from stream_adapt.restore import Slice
 from stream_adapt.state.row import ControlRow
 
 log = structlog.get_logger(__name__)
@@ -50,6 +51,7 @@ class State(Enum):
 
     STARTING = "starting"  # not in the group yet
     STANDBY = "standby"  # in the group, and the others own all partitions
+    RESTORING = "restoring"  # rows of some partitions are still being read
     ASSIGNED = "assigned"  # owns partitions; their ends have not been seen yet
     PROGRESSING = "progressing"  # behind, and advancing
     IDLE = "idle"  # nothing to do
@@ -79,6 +81,7 @@ class Seen:
     joined: bool = False
     aborts_in_a_row: int = 0
     shards: Mapping[int, Shard] = field(default_factory=dict)
+    restoring: Mapping[int, int] = field(default_factory=dict)  # offsets of the changelog to go
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +102,8 @@ def judge(seen: Seen, now_s: float, stalled_after_s: float) -> Verdict:
     silent_s = now_s - seen.ticked_s
     if silent_s >= stalled_after_s:
         return Verdict(State.STALLED, f"the loop has not turned for {silent_s:.0f} s")
+    if not seen.shards and seen.restoring:
+        return _judge_restore(seen)
     if not seen.shards:
         return _judge_membership(seen)
     if seen.aborts_in_a_row >= REPEATED_ABORTS:
@@ -106,6 +111,8 @@ def judge(seen: Seen, now_s: float, stalled_after_s: float) -> Verdict:
     stuck = {p: s for p, s in seen.shards.items() if s.lag != 0 and now_s - s.waiting_since_s >= stalled_after_s}
     if stuck:
         return Verdict(State.NOT_PROGRESSING, "; ".join(_why_stuck(p, s, now_s) for p, s in sorted(stuck.items())))
+    if seen.restoring:
+        return _judge_restore(seen)
     lags = [shard.lag for shard in seen.shards.values()]
     if any(lags):
         return Verdict(State.PROGRESSING, f"{sum(lag or 0 for lag in lags)} records behind, and advancing")
@@ -118,6 +125,11 @@ def _judge_membership(seen: Seen) -> Verdict:
     if seen.joined:
         return Verdict(State.STANDBY, "in the group; its other members own all partitions")
     return Verdict(State.STARTING, "has not joined the consumer group yet: are the brokers reachable?")
+
+
+def _judge_restore(seen: Seen) -> Verdict:
+    to_go = ", ".join(f"partition {p}: {count} records to go" for p, count in sorted(seen.restoring.items()))
+    return Verdict(State.RESTORING, f"rows are being read from the changelog; {to_go}")
 
 
 def _why_stuck(partition: int, shard: Shard, now_s: float) -> str:
@@ -194,6 +206,10 @@ class Health:
             kept = {p: shard for p, shard in self._seen.shards.items() if p not in partitions}
             self._seen = replace(self._seen, shards=kept)
 
+    def restoring(self, done: Slice) -> None:
+        """Rows were read, or need not be any more."""
+        self._seen = replace(self._seen, restoring=dict(done.remaining))
+
     # What is asked
 
     def alive(self) -> bool:
@@ -215,6 +231,7 @@ class Health:
                 {"partition": p, "next_offset": s.next_offset, "lag": s.lag, "model_version": s.model_version}
                 for p, s in sorted(seen.shards.items())
             ],
+            "restoring": [{"partition": p, "remaining": count} for p, count in sorted(seen.restoring.items())],
         }
 
     def _look(self, lags: Mapping[int, int], shards: Mapping[int, ControlRow], now: float) -> dict[int, Shard]:

@@ -37,7 +37,8 @@ from prometheus_client.utils import floatToGoString
 from stream_adapt.commit import Outcome
 from stream_adapt.decode import REASONS
 from stream_adapt.record import NO_LEVEL, Adapted, Batch, Flag, Floats, Work
-from stream_adapt.state.row import ControlRow, Kind
+from stream_adapt.restore import Slice
+from stream_adapt.state.row import DAMAGES, ControlRow, Kind
 from stream_adapt.state.table import Table
 
 FamilyType = Literal["counter", "gauge", "histogram", "summary", "info"]
@@ -46,7 +47,7 @@ FamilyType = Literal["counter", "gauge", "histogram", "summary", "info"]
 OPEN: tuple[str, ...] = ()
 
 #: The parts of a turn that are timed.
-STAGES = ("poll", "decode", "adapt", "emit", "commit")
+STAGES = ("poll", "decode", "adapt", "emit", "changelog", "commit")
 #: The two probabilities of every event: with the user's fast weights, and with the slow weights alone.
 WHICH = ("adapted", "frozen")
 TARGETS = ("0", "1")
@@ -204,6 +205,27 @@ FAMILIES: tuple[Family, ...] = (
     # State
     Family("stream_adapt_rows", "gauge", "rows", "Rows held, of all owned partitions.", _ROW_KINDS),
     Family("stream_adapt_slab_bytes", "gauge", "bytes", "Size of the rows' slab, room to grow included.", _ROW_KINDS),
+    Family(
+        "stream_adapt_restore_records_total",
+        "counter",
+        "records",
+        "Changelog records read to bring rows back.",
+    ),
+    Family("stream_adapt_restore_seconds_total", "counter", "seconds", "Time spent on bringing rows back."),
+    Family(
+        "stream_adapt_restore_remaining_records",
+        "gauge",
+        "offsets",
+        "Changelog offsets between what was read and the end, of partitions whose rows are being brought back.",
+        _PARTITION,
+    ),
+    Family(
+        "stream_adapt_rows_refused_total",
+        "counter",
+        "records",
+        "Damaged changelog records that were left out of a restore; the rows' last good versions stand.",
+        {"reason": DAMAGES},
+    ),
     # Learning
     Family(
         "stream_adapt_flagged_scores_total",
@@ -529,6 +551,15 @@ class Metrics(Collector):
             for name in ("stream_adapt_lag_records", "stream_adapt_next_offset"):
                 self._open[name] = {labels: v for labels, v in self._open[name].items() if labels not in gone}
         self._sampled_at = -np.inf
+        self._publish()
+
+    def restoring(self, done: Slice) -> None:
+        """Changelog records were read, or need not be any more."""
+        self._slab.add("stream_adapt_restore_records_total", value=done.records)
+        self._slab.add("stream_adapt_restore_seconds_total", value=done.seconds)
+        for reason, count in done.refused.items():
+            self._slab.add("stream_adapt_rows_refused_total", reason, value=count)
+        self._open["stream_adapt_restore_remaining_records"] = {(str(p),): n for p, n in done.remaining.items()}
         self._publish()
 
     # What a scrape reads, in whatever thread

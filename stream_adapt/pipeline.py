@@ -10,7 +10,7 @@ is adapt that finds it, and it teaches nothing there.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from types import MappingProxyType
 
 import numpy as np
@@ -18,7 +18,8 @@ import numpy as np
 from stream_adapt.adapt import Adapter
 from stream_adapt.decode import Decoder, dead_letter
 from stream_adapt.emit import Emitter
-from stream_adapt.record import Adapted, Batch, DeadLetter, Flag, RawBatch, Source, Work, selected
+from stream_adapt.record import Adapted, Batch, DeadLetter, Flag, Outputs, RawBatch, Source, Work, selected
+from stream_adapt.state.row import ControlRow
 
 #: Called with a stage's name and its seconds.
 StageTimer = Callable[[str, float], None]
@@ -61,6 +62,13 @@ class Pipeline:
         self.timer("adapt", learned - decoded)
         self.timer("emit", ended - learned)
         return Work(outputs, batch, adapted, dead, ended - started)
+
+    def changes(self, controls: Iterable[ControlRow]) -> list[Outputs]:
+        """The rows that changed since the last commit, and where their shards then stand: for the changelog."""
+        started = time.perf_counter()
+        outputs = list(self.emitter.rows(self.adapter.overlay, controls))
+        self.timer("changelog", time.perf_counter() - started)
+        return outputs
 
 
 def _without_late(raw: RawBatch, batch: Batch, adapted: Adapted) -> tuple[Batch, Adapted, list[DeadLetter]]:

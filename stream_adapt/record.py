@@ -37,6 +37,9 @@ FeatureValue = float | str | list[str] | list[float] | None
 #: `level` of an event that carries no feedback: it is scored, and nothing is learned from it.
 NO_LEVEL = -1
 
+#: In place of a source's offset: what is written comes from no single input record.
+NO_SOURCE = -1
+
 
 class UserEvent(msgspec.Struct, frozen=True, gc=False, omit_defaults=True):
     """One thing a user did with an item: event v1, `schemas/event-v1.json`.
@@ -116,11 +119,12 @@ class TopicNames:
     events: str
     scores: str
     dead_letters: str
+    changelog: str
 
     @classmethod
     def of(cls, app: str) -> TopicNames:
         """The names that an app's topics have unless it is told otherwise."""
-        return cls(f"{app}.events", f"{app}.scores", f"{app}.dead-letters")
+        return cls(f"{app}.events", f"{app}.scores", f"{app}.dead-letters", f"{app}.changelog")
 
 
 class Message(Protocol):
@@ -235,7 +239,8 @@ class Outputs:
     values: Sequence[bytes | None]
     headers: Sequence[Headers] | None
     partitions: Sequence[int]  # of the input record that each comes from
-    offsets: Sequence[int]
+    offsets: Sequence[int]  # NO_SOURCE where it comes from many
+    destinations: Sequence[int] | None = None  # partitions to write to; by the key if not given
 
     def __len__(self) -> int:
         return len(self.values)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import msgspec
 import structlog
@@ -23,6 +24,7 @@ from stream_adapt.emit import Emitter
 from stream_adapt.errors import ConfigError, KafkaRefused, StateFull
 from stream_adapt.health import Health, HealthServer
 from stream_adapt.kafka import properties
+from stream_adapt.kafka.changelog import ChangelogReader, check_changelog
 from stream_adapt.kafka.consumer import InputConsumer, RebalanceListener
 from stream_adapt.kafka.errors import describe, kafka_error
 from stream_adapt.kafka.producer import OutputProducer
@@ -33,6 +35,7 @@ from stream_adapt.metrics import Metrics
 from stream_adapt.models import Model, read_model
 from stream_adapt.pipeline import Pipeline
 from stream_adapt.record import Flag, TopicNames
+from stream_adapt.restore import Expected, Restorer
 from stream_adapt.runner import Observer, Observers, Pace, Runner, Shutdown
 from stream_adapt.state.row import Kind
 
@@ -124,14 +127,15 @@ def serve(config: Config, shutdown: Shutdown, observe: Callable[[Pipeline], Obse
     topics = config.topic_names
     pipeline = build_pipeline(config, served_model(config), topics)
     pipeline.adapter.warm_up()
-    topic_id = check_topics(config, topics)
+    topic_id = check_topics(config, _longest_row(pipeline))
     observer = observe(pipeline)
     pipeline.timer = observer.stage
     runner: Runner
+    restorer = build_restorer(config, pipeline, topic_id, observer)
     listener = RebalanceListener(lambda p: runner.assigned(p), lambda p: runner.revoked(p))
     consumer = InputConsumer(properties.consumer(config), topics.events, start=config.input.start, listener=listener)
     delivery = build_delivery(config, consumer)
-    runner = Runner(consumer, pipeline, delivery, observer, pace or pace_of(config), topic_id=topic_id)
+    runner = Runner(consumer, pipeline, delivery, restorer, observer, pace or pace_of(config), topic_id=topic_id)
     log.info(
         "running",
         model=pipeline.adapter.model.version,
@@ -144,6 +148,7 @@ def serve(config: Config, shutdown: Shutdown, observe: Callable[[Pipeline], Obse
     finally:
         delivery.close()
         consumer.close()
+        restorer.close()
     return runner.events
 
 
@@ -244,29 +249,73 @@ def build_delivery(config: Config, consumer: InputConsumer) -> Delivery:
     )
 
 
+def build_restorer(config: Config, pipeline: Pipeline, topic_id: str, observer: Observer) -> Restorer:
+    """What brings rows back from the changelog."""
+    adapter = pipeline.adapter
+    tables = {Kind.USER: adapter.users, Kind.ITEM: adapter.items}
+    expected = Expected(
+        topics=config.topic_names,
+        group=config.group_id,
+        topic_id=topic_id,
+        model_version=adapter.model.version,
+        exactly_once=config.delivery == "exactly_once",
+    )
+    reader = ChangelogReader(
+        properties.changelog_reader(config), config.topic_names.changelog, stall_s=config.state.restore_stall_s
+    )
+    return Restorer(reader, tables, expected, observer.restoring)
+
+
+def _longest_row(pipeline: Pipeline) -> int:
+    adapter = pipeline.adapter
+    return max(table.layout.row_bytes for table in (adapter.users, adapter.items))
+
+
 def topic_specs(config: Config) -> tuple[TopicSpec, ...]:
     """The topics that the configuration asks for."""
     sizes = config.topics
     return product_topics(config.app.name, sizes.partitions, sizes.replication, config.topic_names)
 
 
-def check_topics(config: Config, topics: TopicNames) -> str:
+def check_topics(config: Config, row_bytes: int) -> str:
     """Makes sure that every topic is there before the first record is read; returns the input topic's id.
+
+    Raises:
+        KafkaRefused: a topic is missing or may not be described, the changelog is not as it should be, or no broker
+            answers.
+    """
+    topics = config.topic_names
+    admin = AdminClient(properties.common(config))
+    found = describe_topics(admin, config)
+    events, changelog = found[topics.events], found[topics.changelog]
+    if len(events.partitions) != len(changelog.partitions):
+        raise KafkaRefused(
+            f"{topics.events} has {len(events.partitions)} partitions and {topics.changelog} has "
+            f"{len(changelog.partitions)}; a shard's rows lie in the partition of its number. To do: if partitions "
+            f"were added to {topics.events}, users have moved to other shards and their rows have not: start anew with "
+            "an app.name and topics of its own; if the changelog was made by hand, make it with as many partitions"
+        )
+    check_changelog(admin, topics.changelog, row_bytes)
+    return str(events.topic_id)
+
+
+def describe_topics(admin: AdminClient, config: Config) -> dict[str, Any]:
+    """Description of every topic of the loop, by name.
 
     Raises:
         KafkaRefused: a topic is missing or may not be described, or no broker answers.
     """
-    admin = AdminClient(properties.common(config))
-    names = [topics.events, topics.scores, topics.dead_letters]
+    topics = config.topic_names
+    names = [topics.events, topics.scores, topics.dead_letters, topics.changelog]
     futures = admin.describe_topics(TopicCollection(names), request_timeout=_ADMIN_TIMEOUT_S)
-    ids = {}
+    described = {}
     for name, future in futures.items():
         try:
-            ids[name] = str(future.result().topic_id)
+            described[name] = future.result()
         except KafkaException as error:
             found = kafka_error(error)
             raise KafkaRefused(
                 f"{name}: {found and describe(found)} at {config.kafka.bootstrap_servers}. To do: "
                 "`stream-adapt topics create -c FILE`, or check kafka.bootstrap_servers and the principal's rights"
             ) from error
-    return ids[topics.events]
+    return described

@@ -119,7 +119,9 @@ class App:
             if len(scores) + len(self.dead_letters()) >= count:
                 return scores
             assert time.monotonic() < deadline, f"{len(scores)} scores of {count} outputs; log:\n{self.log()[-3000:]}"
-            assert any(m.poll() is None for m in self.members), f"no member lives; log:\n{self.log()[-3000:]}"
+            assert not self.members or any(m.poll() is None for m in self.members), (
+                f"no member lives; log:\n{self.log()[-3000:]}"
+            )
 
     def stop(self, member: subprocess.Popen[bytes], sent: int = signal.SIGTERM) -> int:
         """Signals a member and waits for its end; returns its exit code."""

@@ -31,7 +31,7 @@ class Place:
 
     @property
     def topics(self) -> TopicNames:
-        return TopicNames(*(self.settings.topic(what) for what in ("events", "scores", "dead_letters")))
+        return self.settings.topic_names
 
     @property
     def metrics(self) -> tuple[str, int]:

@@ -73,6 +73,7 @@ class InputConsumer:
     ) -> None:
         self.topic = topic
         self.positions = Positions()
+        self.paused: set[int] = set()
         self._start = start
         self._ends: dict[int, int] = {}
         self._listener = listener
@@ -116,16 +117,29 @@ class InputConsumer:
         self.positions.next_offsets.update(next_offsets)
         self.positions.uncommitted_start -= set(next_offsets)
 
+    def resume(self, partitions: Collection[int]) -> None:
+        """Reads these, which were paused when they were assigned, from their next offsets on.
+
+        Raises:
+            KafkaRefused: the consumer cannot be moved within the deadline.
+        """
+        self.paused -= set(partitions)
+        self._consumer.resume([TopicPartition(self.topic, p) for p in partitions])
+        self._seek(partitions)
+
     def rewind(self) -> None:
-        """Back to the committed offsets of every owned partition, after an abort.
+        """Back to the committed offsets of every owned partition that is read, after an abort.
 
         Raises:
             KafkaRefused: the consumer cannot be moved within the deadline.
         """
         self._ends.clear()
-        for partition, offset in self.positions.next_offsets.items():
-            to = TopicPartition(self.topic, partition, offset)
-            self._until_answered(f"seek to {partition}@{offset}", partial(self._consumer.seek, to))
+        self._seek(self.positions.next_offsets.keys() - self.paused)
+
+    def _seek(self, partitions: Collection[int]) -> None:
+        for partition in partitions:
+            to = TopicPartition(self.topic, partition, self.positions.next_offsets[partition])
+            self._until_answered(f"seek to {partition}@{to.offset}", partial(self._consumer.seek, to))
 
     def committed(self, partitions: Collection[int]) -> dict[int, int]:
         """Offsets that the group has committed; negative where there is none. Waits for pending transactions.
@@ -173,21 +187,29 @@ class InputConsumer:
             self._listener.assigned(numbers)
         offsets = [TopicPartition(self.topic, p, self.positions.next_offsets[p]) for p in numbers]
         consumer.incremental_assign(offsets)
+        # Nothing is read before the shard's rows are there and the owner resumes it.
+        consumer.pause(offsets)
+        self.paused.update(numbers)
         log.info("partitions assigned", topic=self.topic, partitions=numbers)
 
     def _find_positions(self, numbers: list[int]) -> None:
         for partition, offset in self.committed(numbers).items():
+            tp = TopicPartition(self.topic, partition)
+            low, high = self._until_answered(
+                "watermarks", partial(self._consumer.get_watermark_offsets, tp, timeout=CALL_TIMEOUT_S)
+            )
             if offset < 0:
-                offset = self._first_offset(partition)
+                offset = low if self._start == "earliest" else high
                 self.positions.uncommitted_start.add(partition)
+            elif offset < low:
+                raise KafkaRefused(
+                    f"{self.topic}[{partition}]: the group has committed offset {offset}, but the log begins at {low}: "
+                    f"{low - offset} offsets are gone before they were read (retention, or records were deleted). To "
+                    "do: to go on without them, stop all members, move the group there with "
+                    "`kafka-consumer-groups.sh --reset-offsets --to-earliest`, then tell the rows: "
+                    "`stream-adapt state accept-offset -c FILE --use group`"
+                )
             self.positions.next_offsets[partition] = offset
-
-    def _first_offset(self, partition: int) -> int:
-        tp = TopicPartition(self.topic, partition)
-        low, high = self._until_answered(
-            "watermarks", lambda: self._consumer.get_watermark_offsets(tp, timeout=CALL_TIMEOUT_S)
-        )
-        return int(low if self._start == "earliest" else high)
 
     def _until_answered(self, what: str, call: Callable[[], Any]) -> Any:
         deadline = time.monotonic() + REBALANCE_DEADLINE_S
@@ -220,6 +242,7 @@ class InputConsumer:
             self.positions.next_offsets.pop(partition, None)
             self._ends.pop(partition, None)
             self.positions.uncommitted_start.discard(partition)
+            self.paused.discard(partition)
         self._listener.revoked(numbers)
 
     def _report(self, message: Message) -> None:

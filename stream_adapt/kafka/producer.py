@@ -15,6 +15,7 @@ import logging
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import repeat
 from typing import Any
 
 import msgspec
@@ -30,6 +31,8 @@ log = structlog.get_logger(__name__)
 _TRY_S = 5.0
 #: Share of socket.timeout.ms after which a commit counts as having been sent more than once.
 _SLOW_SHARE = 0.8
+#: In place of a partition: the partitioner decides, by the key.
+_BY_KEY = -1
 #: How long `produce` waits for room when the local queue is full, before it serves callbacks again.
 _QUEUE_FULL_WAIT_S = 0.1
 
@@ -145,11 +148,12 @@ class OutputProducer:
         if self.careful or outputs.headers is not None:
             return self._send_with_care(outputs)
         produce, topic = self._producer.produce, outputs.topic
-        for i, (key, value) in enumerate(zip(outputs.keys, outputs.values, strict=True)):
+        destinations = outputs.destinations or repeat(_BY_KEY, len(outputs))
+        for i, (key, value, to) in enumerate(zip(outputs.keys, outputs.values, destinations, strict=True)):
             try:
-                produce(topic, value, key)
+                produce(topic, value, key, to)
             except (BufferError, KafkaException):
-                self._produce(topic, value, key, (outputs.partitions[i], outputs.offsets[i]))
+                self._produce(topic, value, key, (outputs.partitions[i], outputs.offsets[i]), partition=to)
         return None
 
     def _send_with_care(self, outputs: Outputs) -> None:
@@ -159,6 +163,8 @@ class OutputProducer:
             extra: dict[str, Any] = {"on_delivery": partial(self._failed, source=source)}
             if outputs.headers is not None:
                 extra["headers"] = outputs.headers[i]
+            if outputs.destinations is not None:
+                extra["partition"] = outputs.destinations[i]
             self._produce(outputs.topic, value, key, source, **extra)
 
     def _produce(self, topic: str, value: bytes | None, key: bytes | None, source: Source, **extra: Any) -> None:

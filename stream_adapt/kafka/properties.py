@@ -60,3 +60,21 @@ def producer(config: Config) -> dict[str, Scalar]:
         **resolve_secrets(config.kafka.producer),
         **({"transaction.timeout.ms": config.kafka.transaction_timeout_ms} if transactional else {}),
     }
+
+
+def changelog_reader(config: Config) -> dict[str, Scalar]:
+    """The restore's. It joins no group; the id is there because the client wants one, and the principal may use it."""
+    return {
+        "queued.max.messages.kbytes": _PREFETCH_KBYTES,
+        "fetch.queue.backoff.ms": 10,
+        **common(config),
+        **{k: v for k, v in resolve_secrets(config.kafka.consumer).items() if not k.startswith("group.")},
+        "group.id": config.group_id,
+        "group.protocol": "classic",
+        "enable.auto.commit": False,
+        "enable.auto.offset.store": False,
+        "isolation.level": "read_committed",
+        "auto.offset.reset": "earliest",
+        "check.crcs": True,
+        "enable.partition.eof": True,  # the only sign that everything up to the end was read
+    }

@@ -26,6 +26,15 @@ if TYPE_CHECKING:
 #: Let the broker's `default.replication.factor` decide.
 BROKER_DEFAULT = -1
 
+#: The changelog keeps the last version of every row. Segments are small and cleaned early, so that a restore reads few
+#: old versions; and what was erased is gone a day later, because the active segment is closed by then, too.
+CHANGELOG_CONFIG = {
+    "cleanup.policy": "compact",
+    "segment.bytes": str(64 * 1024 * 1024),
+    "min.cleanable.dirty.ratio": "0.1",
+    "max.compaction.lag.ms": str(24 * 3600 * 1000),
+}
+
 _LONGEST_NAME = 249
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
@@ -101,6 +110,8 @@ def product_topics(
         TopicSpec(names.scores, partitions, replication, config),
         # One partition: they are few, and read by people.
         TopicSpec(names.dead_letters, 1, replication, config),
+        # As many as the input: a shard's rows lie in the partition of its number.
+        TopicSpec(names.changelog, partitions, replication, {**CHANGELOG_CONFIG, **durable}),
     )
 
 

@@ -1,17 +1,19 @@
 """The layout of a row, declared once: slab, bytes, overlay and documentation all derive from it.
 
-A rule declares the fields of its rows (`learner/rules/*/layout.py`); here they become one aligned NumPy record and a
-versioned, checksummed byte string:
+A rule declares the fields of its rows (`learner/rules/*/layout.py`); here they become one aligned NumPy record, and,
+in the changelog, a versioned and checksummed value (little-endian):
 
-    format u16 · kind u8 · reserved u8 · CRC-32 of the body u32 · body (the record, little-endian)
+    format u16 · kind u8 · reserved u8 · fingerprint of the layout u32 · body (the record) · CRC-32 of all before it u32
 
-The control row of a shard says where the shard stands; its fields are the same for every rule.
+Every format begins with its number and ends with that checksum, so that a newer one is told from a damaged one. The
+control row of a shard says where the shard stands; its body is MessagePack, its fields are the same for every rule.
 """
 
 from __future__ import annotations
 
 import struct
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from functools import cached_property
@@ -25,6 +27,11 @@ import numpy.typing as npt
 ROW_FORMAT = 1
 
 _HEADER = struct.Struct("<HBBI")
+_CHECKSUM = struct.Struct("<I")
+#: Bytes of a value beside the row's.
+_EXTRA_BYTES = _HEADER.size + _CHECKSUM.size
+#: The CRC-32 of anything that ends with its own CRC-32, little-endian: a value is checked in one call, uncut.
+_RESIDUE = 0x2144DF1C
 
 
 class Kind(IntEnum):
@@ -35,8 +42,33 @@ class Kind(IntEnum):
     CONTROL = 3
 
 
+#: What the keys of a kind of row start with, in the changelog.
+PREFIX = {Kind.USER: b"u:", Kind.ITEM: b"i:", Kind.CONTROL: b"c:"}
+#: A shard has one control row.
+CONTROL_KEY = PREFIX[Kind.CONTROL]
+
+
 class RowError(ValueError):
-    """Bytes that are not a row of this layout; says what differs."""
+    """Bytes that are not a row of this layout; says what differs. `reason` is a short word for it: here, damage."""
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
+class NewerFormat(RowError):
+    """Undamaged, and written by a newer release."""
+
+    def __init__(self, row_format: int) -> None:
+        super().__init__(f"row format {row_format}, this release reads up to {ROW_FORMAT}: upgrade", "newer_format")
+
+
+class OtherLayout(RowError):
+    """Undamaged, and of a model whose rows have another form."""
+
+
+#: Why a damaged record is left out when rows are restored.
+DAMAGES = ("length", "checksum", "kind", "key")
 
 
 @dataclass(frozen=True)
@@ -74,27 +106,61 @@ class Layout:
         """Bytes of one row in the slab."""
         return self.dtype.itemsize
 
+    @cached_property
+    def fingerprint(self) -> int:
+        """32 bits that differ where kind, names, types or shapes of the fields do."""
+        told = ";".join(f"{f.name}:{np.dtype(f.dtype).str}:{f.shape}" for f in self.fields)
+        return zlib.crc32(f"{self.kind.name};{told}".encode())
+
+    @property
+    def _header(self) -> bytes:
+        return _HEADER.pack(ROW_FORMAT, self.kind, 0, self.fingerprint)
+
+    def to_values(self, slab: npt.NDArray[Any], slots: npt.NDArray[np.int64]) -> list[bytes]:
+        """Rows at m slots of a slab → m values, as `to_bytes` makes them."""
+        size = _EXTRA_BYTES + self.row_bytes
+        values = np.empty((len(slots), size), np.uint8)
+        values[:, : _HEADER.size] = np.frombuffer(self._header, np.uint8)
+        values[:, _HEADER.size : -_CHECKSUM.size] = slab.view(np.uint8).reshape(len(slab), -1)[slots]
+        flat = values.reshape(-1).data
+        checked = size - _CHECKSUM.size
+        checksums = [zlib.crc32(flat[at : at + checked]) for at in range(0, len(flat), size)]
+        values[:, -_CHECKSUM.size :] = np.array(checksums, "<u4").view(np.uint8).reshape(-1, _CHECKSUM.size)
+        joined = values.tobytes()
+        return [joined[at : at + size] for at in range(0, len(joined), size)]
+
+    def from_values(self, values: Sequence[bytes]) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
+        """Values → rows `[m]`, and which of them are intact and of this layout; `from_bytes` says what others are."""
+        size = _EXTRA_BYTES + self.row_bytes
+        lengths = np.fromiter(map(len, values), np.int64, len(values))
+        if (lengths != size).any():
+            values = [value if len(value) == size else bytes(size) for value in values]
+        intact = np.fromiter(map(zlib.crc32, values), np.uint32, len(values)) == _RESIDUE
+        content = np.frombuffer(b"".join(values), np.uint8).reshape(len(values), size)
+        header = np.frombuffer(self._header, np.uint8)
+        intact &= (content[:, : _HEADER.size] == header).all(axis=1)
+        rows = np.ascontiguousarray(content[:, _HEADER.size : -_CHECKSUM.size]).reshape(-1).view(self.dtype)
+        return rows, intact
+
     def to_bytes(self, row: npt.NDArray[Any]) -> bytes:
         """Row (a 0-d or 1-element record) → header and body."""
-        body = np.ascontiguousarray(row).tobytes()
-        return _HEADER.pack(ROW_FORMAT, self.kind, 0, zlib.crc32(body)) + body
+        return _sealed(self.kind, self.fingerprint, np.ascontiguousarray(row).tobytes())
 
     def from_bytes(self, content: bytes) -> npt.NDArray[Any]:
         """Header and body → one row.
 
         Raises:
-            RowError: truncated, another kind, a newer format, or a wrong checksum.
+            NewerFormat: undamaged, by a newer release.
+            OtherLayout: undamaged, of another model's form.
+            RowError: damaged: truncated, a wrong checksum, or another kind.
         """
-        if len(content) != _HEADER.size + self.row_bytes:
-            raise RowError(f"{len(content)} bytes, this layout has {_HEADER.size + self.row_bytes}")
-        row_format, kind, _, checksum = _HEADER.unpack_from(content)
-        if row_format > ROW_FORMAT:
-            raise RowError(f"row format {row_format}, this release reads up to {ROW_FORMAT}: upgrade")
-        if kind != self.kind:
-            raise RowError(f"kind {kind}, expected {self.kind.value} ({self.kind.name.lower()})")
-        body = content[_HEADER.size :]
-        if zlib.crc32(body) != checksum:
-            raise RowError("checksum differs: damaged")
+        fingerprint, body = _opened(content, self.kind)
+        if fingerprint != self.fingerprint or len(body) != self.row_bytes:
+            raise OtherLayout(
+                f"layout {fingerprint:08x} of {len(body)} bytes; the model that is served has {self.fingerprint:08x} "
+                f"of {self.row_bytes} bytes",
+                "other_layout",
+            )
         return np.frombuffer(body, dtype=self.dtype).copy()
 
     def describe(self) -> str:
@@ -115,5 +181,42 @@ class ControlRow(msgspec.Struct):
     next_offset: int  # of the input partition: the first record whose effect is not in the rows
     model_version: str
     topic_id: str  # a topic deleted and made anew has another id
-    row_format: int = ROW_FORMAT
     updated_ms: int = 0
+    layouts: dict[str, int] = {}  # fingerprint of each kind of row
+
+    def to_bytes(self) -> bytes:
+        """Header and MessagePack."""
+        return _sealed(Kind.CONTROL, 0, msgspec.msgpack.encode(self))
+
+    @classmethod
+    def from_bytes(cls, content: bytes) -> ControlRow:
+        """Header and MessagePack → control row; fields that a later release added are skipped.
+
+        Raises:
+            NewerFormat: undamaged, by a newer release.
+            RowError: damaged.
+        """
+        _, body = _opened(content, Kind.CONTROL)
+        try:
+            return msgspec.msgpack.decode(body, type=cls)
+        except (msgspec.DecodeError, UnicodeDecodeError) as error:
+            raise RowError(f"not a control row: {error}", "checksum") from error
+
+
+def _sealed(kind: Kind, fingerprint: int, body: bytes) -> bytes:
+    content = _HEADER.pack(ROW_FORMAT, kind, 0, fingerprint) + body
+    return content + _CHECKSUM.pack(zlib.crc32(content))
+
+
+def _opened(content: bytes, kind: Kind) -> tuple[int, bytes]:
+    """Fingerprint and body of a value that is undamaged and of this kind."""
+    if len(content) < _EXTRA_BYTES:
+        raise RowError(f"{len(content)} bytes are fewer than an empty row's {_EXTRA_BYTES}: damaged", "length")
+    if zlib.crc32(content) != _RESIDUE:
+        raise RowError("checksum differs: damaged", "checksum")
+    row_format, found, _, fingerprint = _HEADER.unpack_from(content)
+    if row_format > ROW_FORMAT:
+        raise NewerFormat(row_format)
+    if found != kind:
+        raise RowError(f"kind {found}, expected {kind.value} ({kind.name.lower()})", "kind")
+    return fingerprint, content[_HEADER.size : -_CHECKSUM.size]

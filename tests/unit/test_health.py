@@ -101,6 +101,13 @@ OWNER = replace(JOINED, shards={0: SHARD, 3: SHARD})
 VERDICTS = [
     (Seen(ticked_s=NOW), State.STARTING, False, "not joined"),
     (JOINED, State.STANDBY, True, "other members own all partitions"),
+    (
+        replace(JOINED, restoring={2: 900, 1: 7}),
+        State.RESTORING,
+        False,
+        "partition 1: 7 records to go, partition 2: 900",
+    ),
+    (replace(OWNER, restoring={2: 0}), State.RESTORING, False, "partition 2: 0 records to go"),
     (replace(OWNER, shards={0: SHARD, 3: replace(SHARD, lag=None)}), State.ASSIGNED, True, "not all their ends"),
     (OWNER, State.IDLE, True, "every record is done"),
     (replace(OWNER, shards={0: SHARD, 3: replace(SHARD, waiting_since_s=OLD)}), State.IDLE, True, "every record"),
@@ -320,6 +327,7 @@ def test_readyz_says_state_reason_and_positions(server: HealthServer, loop: Loop
             {"partition": 0, "next_offset": 0, "lag": None, "model_version": "v1"},
             {"partition": 1, "next_offset": 41, "lag": 2, "model_version": "v1"},
         ],
+        "restoring": [],
     }
 
 

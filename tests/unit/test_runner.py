@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -34,6 +34,7 @@ class Log:
     records: list[tuple[bytes, bytes]]
     positions: Positions = field(default_factory=lambda: Positions({0: 0}))
     rewinds: int = 0
+    resumed: list[int] = field(default_factory=list)
 
     def poll(self, max_records: int, _timeout_s: float) -> RawBatch:
         start = self.positions.next_offsets[0]
@@ -48,6 +49,9 @@ class Log:
     def rewind(self) -> None:
         self.rewinds += 1
 
+    def resume(self, partitions: Collection[int]) -> None:
+        self.resumed += partitions
+
 
 @dataclass
 class Broker:
@@ -55,22 +59,52 @@ class Broker:
 
     script: list[Outcome | BaseException] = field(default_factory=list)
     outputs: list[bytes | None] = field(default_factory=list)
+    rows: list[dict[bytes | None, bytes | None]] = field(default_factory=list)  # by transaction
     commits: list[dict[int, int]] = field(default_factory=list)
     undeliverable: dict[tuple[int, int], int] = field(default_factory=dict)
     idles: int = 0
 
     def commit(self, outputs: Iterable[Outputs], next_offsets: Mapping[int, int]) -> Outcome:
-        sent = [value for block in outputs for value in block.values]
+        blocks = list(outputs)
+        sent = [value for block in blocks if block.topic != "changelog" for value in block.values]
+        rows = [item for b in blocks if b.topic == "changelog" for item in zip(b.keys, b.values, strict=True)]
         outcome = self.script.pop(0) if self.script else Outcome.COMMITTED
         if isinstance(outcome, BaseException):
             raise outcome
         if outcome is not Outcome.ABORTED:
             self.outputs += sent
+            self.rows.append(dict(rows))
             self.commits.append(dict(next_offsets))
         return outcome
 
     def idle(self) -> None:
         self.idles += 1
+
+
+@dataclass
+class Restorer:
+    """Has nothing to bring back; a shard is live after so many steps."""
+
+    steps: int = 1
+    committed: dict[int, int | None] = field(default_factory=dict)
+    cancelled: list[int] = field(default_factory=list)
+
+    @property
+    def unfinished(self) -> Collection[int]:
+        return self.committed.keys()
+
+    def begin(self, committed: Mapping[int, int | None]) -> None:
+        self.committed |= committed
+
+    def cancel(self, partitions: Collection[int]) -> None:
+        self.cancelled += [p for p in partitions if self.committed.pop(p, "none") != "none"]
+
+    def step(self, _budget_s: float) -> list[int]:
+        self.steps -= 1
+        done = [] if self.steps else list(self.committed)
+        for partition in done:
+            del self.committed[partition]
+        return done
 
 
 class Seen(Observers):
@@ -88,13 +122,13 @@ class Seen(Observers):
         self.aborts += 1
 
 
-def build(log: Log, broker: Broker, **pace: Any) -> tuple[Runner, Adapter, Seen]:
+def build(log: Log, broker: Broker, restorer: Restorer | None = None, **pace: Any) -> tuple[Runner, Adapter, Seen]:
     model = random_model("diagonal")
     adapter, seen = Adapter(model), Seen()
-    topics = TopicNames("events", "scores", "dead")
+    topics = TopicNames("events", "scores", "dead", "changelog")
     decoder = Decoder(model.spec.features, model.spec.feedback)
     pipeline = Pipeline(decoder, adapter, Emitter(topics, "v1", model.spec.feedback.target_level, now_ms=lambda: 0))
-    runner = Runner(log, pipeline, broker, seen, Pace(**pace))  # type: ignore[arg-type]
+    runner = Runner(log, pipeline, broker, restorer or Restorer(), seen, Pace(**pace), clock=lambda: 0.0)  # type: ignore[arg-type]
     return runner, adapter, seen
 
 
@@ -116,7 +150,7 @@ def test_an_aborted_batch_is_done_again_and_ends_as_if_nothing_had_happened() ->
         runner.run(Shutdown())
         ends.append(rows(adapter))
         assert sum(len(w.batch) + len(w.dead_letters) for w in seen.works) == 201
-    assert calm.outputs == stormy.outputs
+    assert (calm.outputs, calm.rows) == (stormy.outputs, stormy.rows)
     assert ends[0] == ends[1]
     assert [log.rewinds for log in logs] == [0, 2]
 
@@ -144,16 +178,21 @@ def test_where_a_new_group_starts_is_committed_before_the_first_record() -> None
     log, broker = Log([]), Broker()
     log.positions.uncommitted_start.add(0)
     runner, _, _ = build(log, broker)
+    runner.assigned([0])
+    runner.turn()
+    assert broker.commits == []  # its rows are not there yet
     runner.turn()
     runner.turn()
-    assert (broker.commits, broker.idles) == ([{0: 0}], 1)
+    assert (broker.commits, broker.idles) == ([{0: 0}], 2)
 
 
 def test_shards_say_where_they_stand() -> None:
     log = Log([record(n) for n in range(7)])
     runner, adapter, _ = build(log, Broker())
     runner.assigned([0])
-    assert runner.shards[0].next_offset == 0
+    assert runner.shards == {}
+    runner._restore()
+    assert (runner.shards[0].next_offset, log.resumed) == (0, [0])
     runner.turn()
     assert (runner.shards[0].next_offset, runner.shards[0].model_version) == (7, adapter.model.version)
     runner.revoked([0])

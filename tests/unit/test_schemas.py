@@ -191,7 +191,9 @@ def test_a_dead_letter_keeps_the_records_own_headers_and_the_count_of_replays() 
 
 @pytest.mark.parametrize("truncated", [False, True])
 def test_headers_of_an_emitted_dead_letter_are_valid(truncated: bool) -> None:
-    emitter = Emitter(TopicNames(events="app.events", scores="app.scores", dead_letters="app.dead-letters"), "v1", 1)
+    emitter = Emitter(
+        TopicNames(events="app.events", scores="app.scores", dead_letters="app.dead-letters", changelog=""), "v1", 1
+    )
     letter = DeadLetter(b"u", b"{", 2, 7, "not_json", "too long " * 100)
     emitted = emitter.dead_letters([letter], {(2, 7)} if truncated else ())
     assert emitted.headers is not None
