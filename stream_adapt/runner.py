@@ -225,7 +225,9 @@ class Runner:
         if done:
             self._consumer.resume(done)
         for partition in done:
-            self.shards[partition] = self._control_row(partition, self._consumer.positions.next_offsets[partition])
+            offset = self._consumer.positions.next_offsets[partition]
+            self._pipeline.adapter.resume(partition, offset)
+            self.shards[partition] = self._control_row(partition, offset)
 
     def _patience_s(self) -> float:
         """How long a poll may wait for a batch to fill: not at all while only restoring is to be done."""
