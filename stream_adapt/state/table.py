@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ Start = Callable[[npt.NDArray[Any], Slots, Sequence[str]], None]
 _EXTENT_BYTES = 256 << 10
 _FIRST_EXTENTS = 4
 _FREE = -1
+#: Bytes of an id and of a slot number as Python's objects.
+_ID, _INT = 64, 32
 
 
 class Table:
@@ -65,6 +68,13 @@ class Table:
     def slab_bytes(self) -> int:
         """What the slab takes, in memory or on the disk."""
         return self._slab.nbytes
+
+    @property
+    def index_bytes(self) -> int:
+        """Memory beside the slab: ids, index, and what is kept by slot. Ids count as 64 bytes: 15 ASCII characters."""
+        arrays = self.ids.nbytes + self.partition_of.nbytes + self._touched_in.nbytes + self._times.nbytes
+        free = sum(map(len, self._free.values()))
+        return arrays + sum(map(sys.getsizeof, self._index.values())) + (_ID + _INT) * len(self) + (_INT + 8) * free
 
     @property
     def partitions(self) -> set[int]:
@@ -157,7 +167,7 @@ class Table:
         idle = times < times.max() - ttl_ms
         slots, times = slots[idle], times[idle]
         if len(slots) <= most:
-            return self.ids[slots].tolist()
+            return self.ids[slots].tolist()  # type: ignore[no-any-return]
         last = np.partition(times, most)[most]
         sooner = self.ids[slots[times < last]].tolist()
         return [*sooner, *sorted(self.ids[slots[times == last]])[: most - len(sooner)]]

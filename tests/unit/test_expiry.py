@@ -1,4 +1,4 @@
-"""Time to live: idle users are forgotten, and it makes no difference where batches were cut, what failed or restarted."""
+"""Time to live: idle users are forgotten, wherever batches were cut and whatever failed or restarted."""
 
 from __future__ import annotations
 
