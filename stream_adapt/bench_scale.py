@@ -26,7 +26,7 @@ import numpy as np
 from stream_adapt.adapt import Adapter
 from stream_adapt.errors import StateFull
 from stream_adapt.models import LearnerSpec, read_model
-from stream_adapt.record import Batch, Longs
+from stream_adapt.record import Batch, ItemId, Longs, UserId
 from stream_adapt.runner import CHUNK
 from stream_adapt.service import calm_collector
 from stream_adapt.testing.model import random_model
@@ -60,7 +60,7 @@ class ScaleResult(msgspec.Struct):
     slab_bytes: int  # of the users' rows in the file
     index_bytes: int  # ids, index and what else is kept by row; estimated
     limit_bytes: int | None
-    limit_enforced: bool
+    charged_bytes: int | None  # what the limit counts; libraries that others loaded first are not in it
     new_users_per_s: float
     uniform_events_per_s: float
     events_per_s: float  # with a hot user
@@ -137,7 +137,7 @@ class _Member:
         random_model(folder, spec, items)
         self.adapter = Adapter(read_model(folder), folder=folder)
         self.adapter.warm_up()
-        self._items = items
+        self._items = [ItemId(item) for item in items]
         self._partitions = request.partitions
         self._random = np.random.default_rng(0)
         self._done = 0
@@ -164,8 +164,8 @@ class _Member:
         self._done += n
         return Batch(
             event_ids=[""] * n,
-            user_ids=[f"user-{k}" for k in who.tolist()],  # type: ignore[misc]
-            item_ids=[self._items[k] for k in self._random.integers(0, _ITEMS, n).tolist()],  # type: ignore[misc]
+            user_ids=[UserId(f"user-{k}") for k in who.tolist()],
+            item_ids=[self._items[k] for k in self._random.integers(0, _ITEMS, n).tolist()],
             features=[None] * n,
             timestamps_ms=_START_MS + at,
             levels=self._random.integers(0, 2, n).astype(np.int8),
@@ -197,6 +197,11 @@ def _resident(name: str) -> int:
     return 0
 
 
+def _charged(group: Path) -> int:
+    older = group / "memory.usage_in_bytes"
+    return int((older if older.exists() else group / "memory.current").read_text())
+
+
 def _measure(request: Scale) -> ScaleResult:
     with tempfile.TemporaryDirectory(dir=request.folder) as folder:
         member = _Member(request, Path(folder))
@@ -215,7 +220,7 @@ def _measure(request: Scale) -> ScaleResult:
             slab_bytes=users.slab_bytes,
             index_bytes=users.index_bytes,
             limit_bytes=request.limit_bytes,
-            limit_enforced=len(sys.argv) > 2,
+            charged_bytes=_charged(Path(sys.argv[2])) if len(sys.argv) > 2 else None,
             new_users_per_s=new,
             uniform_events_per_s=uniform,
             events_per_s=hot,
