@@ -122,14 +122,16 @@ class Table:
         Raises:
             StateFull: no room; nothing was put.
         """
-        last = dict(zip(ids, range(len(ids)), strict=True))
-        if len(last) < len(ids):
-            ids, rows = list(last), rows[list(last.values())]
         index = self._index.setdefault(partition, {})
-        new = [row_id for row_id in ids if row_id not in index] if index else ids
-        self._link(partition, new)
-        slots = np.fromiter(map(index.__getitem__, ids), np.int64, len(ids))
-        self.rows[slots] = rows
+        if len(set(ids)) < len(ids):
+            last = dict(zip(ids, range(len(ids)), strict=True))
+            ids, rows = list(last), rows[list(last.values())]
+        if index.keys().isdisjoint(ids):
+            slots = self._link(partition, ids)
+        else:
+            self._link(partition, [row_id for row_id in ids if row_id not in index])
+            slots = np.fromiter(map(index.__getitem__, ids), np.int64, len(ids))
+        self.put(slots, rows)
         if len(self._times):
             self._times[slots] = rows["last_ms"]
 
@@ -152,6 +154,12 @@ class Table:
         self._free.pop(partition, None)
         self._seen_in.pop(partition, None)
         return len(self._index.pop(partition, {}))
+
+    def put(self, slots: Slots, rows: npt.NDArray[Any]) -> None:
+        """Writes rows `[m]` to m different slots: as bytes, because field by field takes twice as long."""
+        assert rows.dtype == self.layout.dtype
+        as_bytes = np.dtype((np.void, self.layout.row_bytes))
+        self.rows.view(as_bytes)[slots] = np.ascontiguousarray(rows).view(as_bytes)
 
     def idle(self, partition: int, ttl_ms: int, most: int) -> list[str]:
         """Ids of the partition's rows, at most so many, whose `last_ms` is over `ttl_ms` before the newest one's.
