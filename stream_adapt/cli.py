@@ -386,6 +386,28 @@ def bench_step(as_json: bool) -> None:
             click.echo(f"{rule:<18} {cost.us_per_event:.2f} us an event, {cost.row_bytes} bytes a user's row")
 
 
+@bench.command("scale")
+@click.option("--users", default=1_000_000, show_default=True, type=click.IntRange(min=1), help="Rows to start.")
+@click.option("--events", default=500_000, show_default=True, type=click.IntRange(min=1), help="Of each traffic.")
+@click.option("--partitions", default=4, show_default=True, type=click.IntRange(min=1), help="Of the input topic.")
+@click.option(
+    "--limit-bytes", type=click.IntRange(min=1), help="Most memory; needs a cgroup of its own, so most often root."
+)
+@click.option(
+    "--folder", type=click.Path(exists=True, file_okay=False), help="For the rows; the temporary one if not given."
+)
+@_json_option
+def bench_scale(as_json: bool, **parameters: Any) -> None:
+    """Memory and events/s with so many users, their rows in a file: everyone once, at random, and with a hot user."""
+    from stream_adapt.bench_scale import Scale, run_scale
+
+    result = run_scale(Scale(**parameters), lambda line: click.echo(line, err=True))
+    _print(result, as_json)
+    if not as_json:
+        for name, value in msgspec.structs.asdict(result).items():
+            click.echo(f"{name:<20} {value}")
+
+
 def _print(value: Any, as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.encode(value).decode())

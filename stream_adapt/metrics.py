@@ -204,7 +204,27 @@ FAMILIES: tuple[Family, ...] = (
     ),
     # State
     Family("stream_adapt_rows", "gauge", "rows", "Rows held, of all owned partitions.", _ROW_KINDS),
-    Family("stream_adapt_slab_bytes", "gauge", "bytes", "Size of the rows' slab, room to grow included.", _ROW_KINDS),
+    Family(
+        "stream_adapt_slab_bytes",
+        "gauge",
+        "bytes",
+        "What the rows' slab takes, in memory or in state.dir, disk taken ahead included.",
+        _ROW_KINDS,
+    ),
+    Family(
+        "stream_adapt_index_bytes",
+        "gauge",
+        "bytes",
+        "Memory of ids, index and what else is kept by row; an estimate.",
+        _ROW_KINDS,
+    ),
+    Family(
+        "stream_adapt_expired_rows_total",
+        "counter",
+        "rows",
+        "Rows dropped because they were idle for longer than state.ttl_s; items never are.",
+        _ROW_KINDS,
+    ),
     Family(
         "stream_adapt_restore_records_total",
         "counter",
@@ -586,7 +606,9 @@ class Metrics(Collector):
         for kind, table in self._tables.items():
             label = kind.name.lower()
             self._slab.put("stream_adapt_rows", label, value=len(table))
-            self._slab.put("stream_adapt_slab_bytes", label, value=table.rows.nbytes)
+            self._slab.put("stream_adapt_slab_bytes", label, value=table.slab_bytes)
+            self._slab.put("stream_adapt_index_bytes", label, value=table.index_bytes)
+            self._slab.put("stream_adapt_expired_rows_total", label, value=table.expired)
 
     def _count_ages(self, ages_s: npt.NDArray[np.floating[Any]]) -> None:
         """Ages `[n]` of events at their commit; a clock that is behind the producer's makes none negative."""

@@ -59,7 +59,7 @@ class Overlay:
     def restore(self) -> None:
         """Puts every row back, takes out the rows that were created, and enters again those that were removed."""
         for table, slots, rows in self._kept:
-            table.rows[slots] = rows
+            table.put(slots, rows)
         undoable = self._undoable()
         for table in self._tables:
             for slot in occupied(table, table.created).tolist():

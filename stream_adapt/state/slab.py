@@ -11,6 +11,7 @@ import os
 import sys
 import tempfile
 import weakref
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,9 +45,12 @@ class Slab:
         size = max(-(-rows * self._dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE, self._reserved)
         try:
             os.ftruncate(self._file, size)
-            self.rows = np.frombuffer(mmap.mmap(self._file, size), self._dtype, rows)
+            self._memory = mmap.mmap(self._file, size)
         except OSError as error:
             raise self._full(size - self.rows.nbytes, error) from error
+        if self._folder is not None and hasattr(mmap, "MADV_RANDOM"):
+            self._memory.madvise(mmap.MADV_RANDOM)  # one page of a user that comes back, not 32 of others
+        self.rows = np.frombuffer(self._memory, self._dtype, rows)
 
     def reserve(self, first: int, end: int) -> None:
         """Takes disk for the rows from `first` to `end`; does nothing where the slab lies in memory.
@@ -73,8 +77,9 @@ class Slab:
         start = -(-first * self._dtype.itemsize // mmap.PAGESIZE) * mmap.PAGESIZE
         stop = end * self._dtype.itemsize // mmap.PAGESIZE * mmap.PAGESIZE
         if start < stop and hasattr(mmap, "MADV_REMOVE"):
-            memory: mmap.mmap = self.rows.base.obj if isinstance(self.rows.base, memoryview) else self.rows.base  # type: ignore[assignment]
-            memory.madvise(mmap.MADV_REMOVE, start, stop - start)
+            # A file system without holes keeps the room; other rows use it again.
+            with suppress(OSError):
+                self._memory.madvise(mmap.MADV_REMOVE, start, stop - start)
 
     @property
     def nbytes(self) -> int:
@@ -108,4 +113,7 @@ def _nameless_file(folder: Path | None) -> int:
         with tempfile.TemporaryFile(dir=folder, buffering=0) as file:
             return os.dup(file.fileno())
     except OSError as error:
-        raise StateFull(f"state.dir={folder}: no file can be made there: {error.strerror}. To do: mend that") from error
+        raise StateFull(
+            f"state.dir={folder}: no file can be made there: {error.strerror}. To do: choose a folder on a local "
+            "disk that may be written to"
+        ) from error

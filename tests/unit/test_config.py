@@ -199,6 +199,12 @@ def test_timeouts_must_agree() -> None:
     assert "far below" in refusal(None, input__latency_ms=2_000, kafka__transaction_timeout_ms=4_000)
 
 
+def test_idle_users_are_not_forgotten_sooner_than_clocks_may_be_wrong() -> None:
+    said = refusal(None, state__ttl_s=3600)
+    assert "state.ttl_s=3600.0 must be above input.max_future_s=86400" in said
+    assert 3600 == load(None, {}, state__ttl_s=3600, input__max_future_s=60).config.state.ttl_s
+
+
 # Secrets
 
 

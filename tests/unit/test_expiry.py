@@ -1,4 +1,4 @@
-"""Time to live: idle users are forgotten; where batches were cut, what failed or restarted makes no difference."""
+"""Time to live: idle users are forgotten, wherever batches were cut and whatever failed or restarted."""
 
 from __future__ import annotations
 

@@ -294,7 +294,16 @@ def test_rows_and_their_bytes_are_those_of_the_tables(member: Member) -> None:
 
     assert member.value("rows", kind="user") == 2.0
     assert member.value("rows", kind="item") == 0.0
-    assert member.value("slab_bytes", kind="user") == member.tables[Kind.USER].rows.nbytes
+    assert member.value("slab_bytes", kind="user") == member.tables[Kind.USER].slab_bytes > 0
+    assert member.value("index_bytes", kind="user") == member.tables[Kind.USER].index_bytes > 0
+    assert member.value("expired_rows_total", kind="user") == 0.0
+
+
+def test_expired_rows_are_counted(member: Member) -> None:
+    member.tables[Kind.USER].expired = 3
+    member.metrics.tick(FakeConsumer(), {})
+
+    assert member.value("expired_rows_total", kind="user") == 3.0
 
 
 def test_the_last_commit_is_the_start_until_there_is_one(member: Member) -> None:
