@@ -1,6 +1,7 @@
 """The command line. Every command has `--json`: one object on stdout, everything else on stderr.
 
-Exit codes: 0 done · 1 bug · 2 usage or configuration · 3 refused by Kafka · 4 fenced by another instance.
+Exit codes: 0 done · 1 bug · 2 usage or configuration · 3 refused by Kafka · 4 fenced by another instance ·
+6 too much of the input is refused.
 Heavy packages (torch, numba, matplotlib) are imported by the command that needs them, so that `--help` is quick.
 """
 

@@ -5,7 +5,8 @@
     │   └── ModelError       exit 2  a model file is missing, damaged, or does not fit the configuration
     ├── DataError            exit 2  a data set could not be had, or is not what it should be
     ├── KafkaRefused         exit 3  the broker said no, or cannot be reached: nothing was lost
-    └── Fenced               exit 4  another instance uses this transactional.id
+    ├── Fenced               exit 4  another instance uses this transactional.id
+    └── DeadLetterBreaker    exit 6  too much of the input is refused; what was refused is committed
 
 A bad *record* is not an exception that leaves the pipeline: it becomes a dead letter (`decode.py`). What a Kafka
 error calls for inside a transaction (try again, abort, build a new producer) is decided in `kafka/errors.py`.
@@ -47,3 +48,9 @@ class Fenced(StreamAdaptError):
     """Another live instance uses the same transactional.id; this one stepped back."""
 
     exit_code = 4
+
+
+class DeadLetterBreaker(StreamAdaptError):
+    """More of the input was refused than `input.breaker_share` allows; what was refused is committed, each once."""
+
+    exit_code = 6

@@ -17,9 +17,11 @@ from typing import Protocol
 
 import structlog
 
+from stream_adapt.breaker import Breaker
 from stream_adapt.commit import Delivery, Outcome
 from stream_adapt.kafka.consumer import InputConsumer
 from stream_adapt.pipeline import Pipeline
+from stream_adapt.quarantine import Quarantine
 from stream_adapt.record import Outputs, RawBatch, Work
 from stream_adapt.state.row import ControlRow
 
@@ -129,6 +131,8 @@ class Runner:
         pace: Pace,
         *,
         topic_id: str = "",
+        breaker: Breaker | None = None,
+        quarantine: Quarantine | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.shards: dict[int, ControlRow] = {}
@@ -139,6 +143,8 @@ class Runner:
         self._observer = observer
         self._pace = pace
         self._topic_id = topic_id
+        self._breaker = breaker
+        self._quarantine = quarantine or Quarantine()
         self._clock = clock
         self._pause_s = _FIRST_PAUSE_S
 
@@ -147,6 +153,7 @@ class Runner:
 
         Raises:
             KafkaRefused, Fenced: nothing uncommitted is visible; says what to do.
+            DeadLetterBreaker: the batch at which it stopped is committed.
         """
         while not shutdown.asked and not self._enough():
             self.turn()
@@ -155,7 +162,8 @@ class Runner:
     def turn(self) -> None:
         """One batch: poll, process, commit or put back."""
         started = time.perf_counter()
-        raw = self._consumer.poll(self._pace.max_batch, self._pace.latency_s)
+        limit = self._quarantine.limit(self._pace.max_batch, self._consumer.positions.next_offsets)
+        raw = self._consumer.poll(limit, self._pace.latency_s)
         self._observer.stage("poll", time.perf_counter() - started)
         self._observer.polled(len(raw))
         if len(raw) or self._consumer.positions.uncommitted_start:
@@ -184,7 +192,7 @@ class Runner:
         done: list[Work] = []
         started = time.perf_counter()
         try:
-            outcome = self._delivery.commit(self._outputs(raw, done), next_offsets)
+            outcome = self._delivery.commit(self._outputs(raw, next_offsets, done), next_offsets)
         except BaseException:
             self._pipeline.adapter.abort()
             raise
@@ -193,16 +201,16 @@ class Runner:
         if outcome is Outcome.ABORTED:
             self._put_back()
         else:
-            self._keep(done, next_offsets, outcome)
+            self._keep(raw, done, next_offsets, outcome)
 
-    def _outputs(self, raw: RawBatch, done: list[Work]) -> Iterator[Outputs]:
+    def _outputs(self, raw: RawBatch, next_offsets: dict[int, int], done: list[Work]) -> Iterator[Outputs]:
         """What the batch leads to, computed chunk by chunk as it is asked for."""
-        for chunk in raw.chunks(CHUNK):
+        for chunk in self._quarantine.chunks(raw, next_offsets, CHUNK):
             work = self._pipeline(chunk, self._delivery.undeliverable)
             done.append(work)
             yield from work.outputs
 
-    def _keep(self, done: list[Work], next_offsets: dict[int, int], outcome: Outcome) -> None:
+    def _keep(self, raw: RawBatch, done: list[Work], next_offsets: dict[int, int], outcome: Outcome) -> None:
         self._pipeline.adapter.commit()
         self._consumer.advance(next_offsets)
         for partition, offset in next_offsets.items():
@@ -211,6 +219,8 @@ class Runner:
         self.events += work.records
         self._pause_s = _FIRST_PAUSE_S
         self._observer.committed(work, outcome)
+        if self._breaker is not None:
+            self._breaker.committed(raw, work.dead_letters)
 
     def _put_back(self) -> None:
         self._pipeline.adapter.abort()

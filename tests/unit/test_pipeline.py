@@ -13,7 +13,7 @@ from learner_streams import random_model, rows_of
 from stream_adapt.adapt import Adapter
 from stream_adapt.decode import Decoder
 from stream_adapt.emit import Emitter
-from stream_adapt.learner.rules.kalman.step import Screen
+from stream_adapt.learner.rules.kalman.step import LEARN_ALL, Screen
 from stream_adapt.pipeline import Pipeline
 from stream_adapt.record import Flag, RawBatch, TopicNames, Work
 
@@ -43,7 +43,7 @@ def raw(*records: dict[str, Any], first_offset: int = 0) -> RawBatch:
     return RawBatch(keys, [msgspec.json.encode(record) for record in records], np.zeros(n, np.int32), offsets)
 
 
-def pipeline(screen: Screen = Screen(), **options: Any) -> Pipeline:
+def pipeline(screen: Screen = LEARN_ALL, **options: Any) -> Pipeline:
     model = random_model()
     topics = TopicNames("events", "scores", "dead")
     emitter = Emitter(topics, "v1", model.spec.feedback.target_level, now_ms=lambda: 0)
