@@ -119,6 +119,126 @@ def topics_create(config_path: Path | None, as_json: bool) -> None:
         sys.exit(KafkaRefused.exit_code)
 
 
+@cli.group()
+def state() -> None:
+    """What members have learned: the rows of users and items."""
+
+
+@state.command("erase")
+@click.argument("user")
+@_config_option
+@click.option("--wait", is_flag=True, help="Wait for the receipt of every partition.")
+@click.option("--timeout", default=60.0, show_default=True, help="Longest wait, in seconds.")
+@_json_option
+def state_erase(user: str, config_path: Path | None, wait: bool, timeout: float, as_json: bool) -> None:
+    """Erase the row of USER: a request to every input partition, in the order of its records.
+
+    What the user's events before the request taught is dropped; events after it start a new row. Receipts go to the
+    scores topic. The input log, dead letters, scores and what was learned about items are not touched: see the README.
+    """
+    from stream_adapt import config
+    from stream_adapt.erasure import erase
+
+    def tell(erased: Any) -> None:
+        click.echo(f"receipts: {len(erased.receipts)} of {len(erased.partitions)} partitions", err=True)
+
+    erased = erase(config.load(config_path).config, user, timeout if wait else None, tell)
+    _print(erased, as_json)
+    if not as_json:
+        click.echo(f"{erased.event_id} is written to {len(erased.partitions)} partitions")
+        if wait:
+            click.echo(f"all of them have given their receipt; a row was in {erased.had_row or 'none'}")
+
+
+@cli.group("dead-letters")
+def dead_letters() -> None:
+    """Records that were refused."""
+
+
+_reason_option = click.option("--reason", "reasons", multiple=True, help="Only of this reason; may be given again.")
+
+
+@dead_letters.command("list")
+@_config_option
+@_reason_option
+@click.option("--since", help="Only those written since: 45s, 30m, 2h, 7d ago, or a time in ISO 8601.")
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(min=1), help="Show the newest so many.")
+@_json_option
+def dead_letters_list(
+    config_path: Path | None, reasons: tuple[str, ...], since: str | None, limit: int, as_json: bool
+) -> None:
+    """Show refused records: the reason, where each came from, and the beginning of its payload.
+
+    Whatever is not printable is shown as an escape. Keys are user ids: mind who sees the output.
+    """
+    from datetime import UTC, datetime
+
+    from rich.console import Console
+
+    from stream_adapt import config
+    from stream_adapt import dead_letters as letters
+
+    since_ms = letters.since_ms(since, datetime.now(UTC)) if since else None
+    found = letters.list_letters(config.load(config_path).config, letters.Filter(reasons), since_ms, limit)
+    _print(found, as_json)
+    if not as_json:
+        Console().print(letters.table(found))
+
+
+@dead_letters.command("replay")
+@_config_option
+@_reason_option
+@click.option("--offset", "offsets", multiple=True, help="Only this one: [PARTITION:]OFFSET of the dead-letters topic.")
+@click.option("--from-beginning", is_flag=True, help="Also those that were replayed before.")
+@click.option("--dry-run", is_flag=True, help="Say what would be replayed, and write nothing.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_json_option
+def dead_letters_replay(
+    config_path: Path | None,
+    reasons: tuple[str, ...],
+    offsets: tuple[str, ...],
+    from_beginning: bool,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Write refused records to the input again, each once: after the cause is mended.
+
+    Key, bytes and headers are the original ones, and so is the partition; the header stream-adapt.replays counts. What
+    was replayed is remembered in Kafka, in the same transaction, so that a second run leaves it out.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from stream_adapt import config
+    from stream_adapt import dead_letters as letters
+
+    if as_json and not (yes or dry_run):
+        raise click.UsageError("--json asks nothing: give --yes or --dry-run, too")
+    wanted = letters.Filter(reasons, [letters.source_of(text) for text in offsets])
+    replayer = letters.Replayer(config.load(config_path).config, wanted, from_beginning=from_beginning)
+
+    def agreed(plan: Any) -> bool:
+        letters.tell(plan, lambda line: click.echo(line, err=True))
+        return yes or click.confirm(f"Write them to {plan.topic}?", err=True)
+
+    if dry_run:
+        result = replayer.plan()
+        letters.tell(result, lambda line: click.echo(line, err=True))
+    else:
+        with Progress(console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("replaying", total=None, visible=False)
+            result = replayer.run(
+                lambda plan: agreed(plan) and not progress.update(task, total=plan.selected, visible=True),
+                lambda done: progress.update(task, completed=done),
+            )
+        if not result.selected:
+            letters.tell(result, lambda line: click.echo(line, err=True))
+    _print(result, as_json)
+    if not as_json:
+        click.echo(f"{result.replayed:,} replayed to {result.topic}")
+
+
 @cli.command()
 @click.option("--data", "data_dir", type=click.Path(file_okay=False, path_type=Path), help="Folder for its data; kept.")
 @click.option("--port", type=click.IntRange(1, 65535), help="Port of the broker; any free one if not given.")

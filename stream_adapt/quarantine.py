@@ -60,7 +60,6 @@ class Quarantine:
         self._topic = topic
         self._pending: dict[int, int] = {}
         self._deaths: dict[Source, int] = {}
-        self._careful = False
         self._written = 0
         self._file = self._open(folder) if folder is not None else None
         if self._file is not None:
@@ -90,16 +89,17 @@ class Quarantine:
         self._file = None
 
     def limit(self, max_batch: int, next_offsets: Mapping[int, int]) -> int:
-        """Records of the next batch, given where the owned partitions stand."""
-        self._careful = self._is_careful(next_offsets)
-        return min(max_batch, CAREFUL_BATCH) if self._careful else max_batch
+        """Records of the next batch, given where the owned partitions stand; forgets what is passed."""
+        self._forget_passed(next_offsets)
+        to_come = not next_offsets or any(p in next_offsets for p in self._pending)  # they are assigned within a poll
+        return min(max_batch, CAREFUL_BATCH) if self._pending and to_come else max_batch
 
     def chunks(self, raw: RawBatch, next_offsets: Mapping[int, int], size: int) -> Iterator[RawBatch]:
         """The batch, which ends at `next_offsets`, in chunks of `size`, or record by record; the marker says so."""
         ends = {**self._pending}
         for partition, end in next_offsets.items():
             ends[partition] = max(end, ends.get(partition, 0))
-        if not self._careful:
+        if not any(p in self._pending for p in next_offsets):
             self._write(ends)
             yield from raw.chunks(size)
             return
@@ -108,16 +108,14 @@ class Quarantine:
             yield one
         self._write(ends)  # what follows, up to the commit, is not this record's fault
 
-    def _is_careful(self, next_offsets: Mapping[int, int]) -> bool:
-        """Whether an owned partition has not passed what was in flight; forgets what is passed."""
+    def _forget_passed(self, next_offsets: Mapping[int, int]) -> None:
         if not self._pending:
-            return False
+            return
         self._pending = {p: end for p, end in self._pending.items() if next_offsets.get(p, 0) < end}
         self._deaths = {s: n for s, n in self._deaths.items() if next_offsets.get(s[0], 0) <= s[1]}
         self.condemned &= set(self._deaths)
         if not self._pending:
             log.info("what was in flight when the last process died is passed: back to normal")
-        return any(p in next_offsets for p in self._pending)
 
     def _open(self, folder: Path) -> int | None:
         try:

@@ -56,6 +56,8 @@ def test_a_record_that_kills_the_process_is_quarantined_and_the_stream_goes_on(a
     assert Counter(f"e{n}" for n in range(4_000) if n != 3_000) == Counter(s["event_id"] for s in app.scores())
     (letter,) = app.dead_letters()
     assert (letter.value(), headers(letter)["stream-adapt.reason"]) == (poison, "crash")
+    app.produce(event(n) for n in range(4_000, 4_100))
+    assert app.start("--stop-after", "100", config=config).wait(60) == 0, app.log()
     assert "back to normal" in app.log()
 
 

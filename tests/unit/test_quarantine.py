@@ -78,6 +78,15 @@ def test_a_bug_leaves_the_marker(tmp_path: Path) -> None:
     assert Quarantine(tmp_path, TOPIC).limit(1000, {0: 1}) == CAREFUL_BATCH
 
 
+def test_the_first_batch_is_handled_with_care_though_its_partitions_were_assigned_within_the_poll(
+    tmp_path: Path,
+) -> None:
+    life(tmp_path, 0, 100, poison=50)
+    quarantine = Quarantine(tmp_path, TOPIC)
+    assert quarantine.limit(1000, {}) == CAREFUL_BATCH
+    assert [len(c) for c in chunks_of(quarantine, batch(1, 2), 10)] == [1, 1]
+
+
 def test_a_clean_exit_while_careful_forgets_no_death(tmp_path: Path) -> None:
     life(tmp_path, 0, 100, poison=50)
     life(tmp_path, 0, 100, poison=50)
