@@ -218,22 +218,22 @@ def dead_letters_replay(
     wanted = letters.Filter(reasons, [letters.source_of(text) for text in offsets])
     replayer = letters.Replayer(config.load(config_path).config, wanted, from_beginning=from_beginning)
 
+    progress = Progress(console=Console(stderr=True))
+
     def agreed(plan: Any) -> bool:
         letters.tell(plan, lambda line: click.echo(line, err=True))
-        return yes or click.confirm(f"Write them to {plan.topic}?", err=True)
+        if dry_run or not plan.selected:
+            return False
+        if not yes and not click.confirm(f"Write them to {plan.topic}?", err=True):
+            return False
+        progress.add_task("replaying", total=plan.selected)
+        progress.start()
+        return True
 
-    if dry_run:
-        result = replayer.plan()
-        letters.tell(result, lambda line: click.echo(line, err=True))
-    else:
-        with Progress(console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("replaying", total=None, visible=False)
-            result = replayer.run(
-                lambda plan: agreed(plan) and not progress.update(task, total=plan.selected, visible=True),
-                lambda done: progress.update(task, completed=done),
-            )
-        if not result.selected:
-            letters.tell(result, lambda line: click.echo(line, err=True))
+    try:
+        result = replayer.run(agreed, lambda done: progress.update(progress.task_ids[0], completed=done))
+    finally:
+        progress.stop()
     _print(result, as_json)
     if not as_json:
         click.echo(f"{result.replayed:,} replayed to {result.topic}")

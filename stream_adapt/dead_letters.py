@@ -21,7 +21,6 @@ from functools import partial
 import msgspec
 import numpy as np
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
-
 from rich.console import Group
 from rich.markup import escape
 from rich.table import Table

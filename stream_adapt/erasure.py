@@ -66,7 +66,7 @@ def erase(
 
 
 def _write(producer: Producer, topic: str, request: EraseRequest, partitions: Iterable[int]) -> None:
-    refused: dict[int, str] = {partition: "no answer" for partition in partitions}
+    refused: dict[int, str] = dict.fromkeys(partitions, "no answer")
 
     def delivered(error: KafkaError | None, message: Message) -> None:
         if error is None:
