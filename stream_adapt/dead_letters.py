@@ -27,6 +27,7 @@ from rich.table import Table
 from rich.text import Text
 
 from stream_adapt.config import Config
+from stream_adapt.decode import REASONS
 from stream_adapt.emit import HEADER_PREFIX, REPLAYS_HEADER, SCHEMA_HEADER
 from stream_adapt.errors import ConfigError, KafkaRefused
 from stream_adapt.kafka import properties
@@ -111,6 +112,11 @@ class Filter:
 
     reasons: Collection[str] = ()
     offsets: Collection[Source] = ()  # partition and offset in the dead-letters topic
+
+    def __post_init__(self) -> None:
+        for reason in self.reasons:
+            if reason not in REASONS:
+                raise ConfigError(f"--reason {reason}: there is no such reason; there are {', '.join(REASONS)}")
 
     def __call__(self, letter: Letter) -> bool:
         return (not self.reasons or letter.reason in self.reasons) and (
@@ -297,7 +303,7 @@ def tell(plan: Replay, line: Callable[[str], None]) -> None:
 
 
 class Replayer:
-    """Writes dead letters to the input again. `plan`, then `run`; nothing is written before."""
+    """Writes dead letters to the input again."""
 
     def __init__(self, config: Config, wanted: Filter, *, from_beginning: bool = False) -> None:
         """Chooses.
@@ -316,16 +322,11 @@ class Replayer:
         self._from_beginning = from_beginning
         self._refused: KafkaError | None = None
 
-    def plan(self) -> Replay:
-        """What would be replayed, and what cannot be."""
-        with TopicReader(self._settings, self._topic, self._group) as reader:
-            return self._plan(reader, self._memories(reader))
-
     def run(self, agreed: Callable[[Replay], bool], progress: Callable[[int], None]) -> Replay:
         """Replays what is wanted, in transactions of some thousand records each.
 
         Args:
-            agreed: shown the plan; nothing is written unless it says so.
+            agreed: shown what would be replayed and what cannot be; nothing is written unless it says so.
             progress: told how many records were replayed so far.
 
         Raises:
@@ -336,10 +337,10 @@ class Replayer:
             producer = self._producer()  # first: ends what a run that died left open, before offsets are looked at
             memories = self._memories(reader)
             ranges = self._ranges(reader, memories)
-            plan = self._plan(reader, memories, ranges)
-            if not plan.selected or not agreed(plan):
+            partitions, left = set(reader.partitions(self._to)), _Left()
+            plan = self._plan(reader, ranges, memories, partitions)
+            if not agreed(plan):
                 return plan
-            partitions, left = self._input_partitions(reader), _Left()
             for batch in self._batches(reader, ranges, memories, left, partitions):
                 self._write(producer, reader, batch, memories, left, plan)
                 progress(plan.replayed)
@@ -397,10 +398,8 @@ class Replayer:
         plan.replayed += len(batch)
 
     def _produce(self, producer: Producer, letter: Letter) -> None:
-        headers: list[tuple[str, str | bytes | None]] = [
-            *letter.headers,
-            (REPLAYS_HEADER, str(letter.replays + 1).encode()),
-        ]
+        count = (REPLAYS_HEADER, str(letter.replays + 1).encode())
+        headers: list[tuple[str, str | bytes | None]] = [*letter.headers, count]
         write = partial(
             producer.produce,
             self._to,
@@ -447,11 +446,11 @@ class Replayer:
     def _plan(
         self,
         reader: TopicReader,
+        ranges: Mapping[int, tuple[int, int]],
         memories: Mapping[int, Memory],
-        ranges: Mapping[int, tuple[int, int]] | None = None,
+        partitions: Collection[int],
     ) -> Replay:
-        plan, reasons, partitions = Replay(self._to), Counter[str](), self._input_partitions(reader)
-        ranges = ranges if ranges is not None else self._ranges(reader, memories)
+        plan, reasons = Replay(self._to), Counter[str]()
         for letter in filter(self._wanted, map(letter_of, reader.records(ranges))):
             if letter.offset in memories[letter.partition] and not self._from_beginning:
                 plan.done_before += 1
@@ -461,9 +460,6 @@ class Replayer:
                 reasons[letter.reason] += 1
         plan.selected, plan.reasons = reasons.total(), dict(reasons.most_common())
         return plan
-
-    def _input_partitions(self, reader: TopicReader) -> set[int]:
-        return set(reader.partitions(self._to))
 
     def _problem(self, letter: Letter, partitions: Collection[int]) -> str | None:
         """Why a dead letter cannot be replayed."""

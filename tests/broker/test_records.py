@@ -152,7 +152,7 @@ def test_a_dead_letter_whose_payload_was_cut_is_refused_by_name(make_app: Callab
     assert "cut" in told["refused"][0]
 
 
-def test_a_user_is_erased_from_every_partition_and_stays_so_after_a_crash(app: App) -> None:
+def test_a_user_is_erased_from_every_partition_and_starts_anew(app: App) -> None:
     for partition in (0, 2):
         app.produce_raw([(b"ann", json.dumps(event(n, "ann")).encode()) for n in range(3)], partition)
     app.produce_raw([(b"bob", json.dumps(event(n, "bob")).encode()) for n in range(3)], 0)
