@@ -18,6 +18,8 @@ Around it:
     meta/  pretraining  datasets/   from a log of events to a model
     kafka/  errors                  consumer, producer, topics, a broker to try things on; what can go wrong
     repair                          when rows and offsets do not belong together: `stream-adapt state …`
+    breaker  quarantine             when too much is refused; when a record kills the process
+    dead_letters  erasure           what an operator does about refused records, and for a user who wants out
     config  logs  metrics  health   what an operator sets and sees
     cli  demo/  bench  evaluate/    commands, and what they measure: live, in speed, and in quality
     local  testing/                 this machine; fixtures and helpers for your own tests

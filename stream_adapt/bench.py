@@ -188,6 +188,7 @@ def _configuration(parameters: EndToEnd, bootstrap: str, folder: Path) -> Config
         kafka__bootstrap_servers=bootstrap,
         topics__partitions=parameters.partitions,
         model__path=str(folder),
+        state__dir=str(folder / "state"),
         input__max_batch=parameters.batch,
         delivery=parameters.delivery,
     ).config

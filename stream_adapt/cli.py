@@ -1,7 +1,7 @@
 """The command line. Every command has `--json`: one object on stdout, everything else on stderr.
 
 Exit codes: 0 done · 1 bug · 2 usage or configuration · 3 refused by Kafka · 4 fenced by another instance ·
-5 state and offsets disagree.
+5 state and offsets disagree · 6 too much of the input is refused.
 Heavy packages (torch, numba, matplotlib) are imported by the command that needs them, so that `--help` is quick.
 """
 
@@ -124,7 +124,7 @@ def topics_create(config_path: Path | None, as_json: bool) -> None:
 
 @cli.group()
 def state() -> None:
-    """The rows of an application: for when they and the group's offsets do not belong together (exit code 5)."""
+    """What members have learned: the rows of users and items."""
 
 
 _yes_option = click.option("--yes", is_flag=True, help="Do not ask.")
@@ -174,6 +174,121 @@ def _carry_out(plan: Plan, yes: bool, as_json: bool) -> None:
         click.confirm("Do it?", abort=True, err=True)
     plan.apply()
     _print({"changes": plan.changes}, as_json)
+
+
+@state.command("erase")
+@click.argument("user")
+@_config_option
+@click.option("--wait", is_flag=True, help="Wait for the receipt of every partition.")
+@click.option("--timeout", default=60.0, show_default=True, help="Longest wait, in seconds.")
+@_json_option
+def state_erase(user: str, config_path: Path | None, wait: bool, timeout: float, as_json: bool) -> None:
+    """Erase the row of USER: a request to every input partition, in the order of its records.
+
+    What the user's events before the request taught is dropped; events after it start a new row. Receipts go to the
+    scores topic. The input log, dead letters, scores and what was learned about items are not touched: see the README.
+    """
+    from stream_adapt import config
+    from stream_adapt.erasure import erase
+
+    def tell(erased: Any) -> None:
+        click.echo(f"receipts: {len(erased.receipts)} of {len(erased.partitions)} partitions", err=True)
+
+    erased = erase(config.load(config_path).config, user, timeout if wait else None, tell)
+    _print(erased, as_json)
+    if not as_json:
+        click.echo(f"{erased.event_id} is written to {len(erased.partitions)} partitions")
+        if wait:
+            click.echo(f"all of them have given their receipt; a row was in {erased.had_row or 'none'}")
+
+
+@cli.group("dead-letters")
+def dead_letters() -> None:
+    """Records that were refused."""
+
+
+_reason_option = click.option("--reason", "reasons", multiple=True, help="Only of this reason; may be given again.")
+
+
+@dead_letters.command("list")
+@_config_option
+@_reason_option
+@click.option("--since", help="Only those written since: 45s, 30m, 2h, 7d ago, or a time in ISO 8601.")
+@click.option("--limit", default=20, show_default=True, type=click.IntRange(min=1), help="Show the newest so many.")
+@_json_option
+def dead_letters_list(
+    config_path: Path | None, reasons: tuple[str, ...], since: str | None, limit: int, as_json: bool
+) -> None:
+    """Show refused records: the reason, where each came from, and the beginning of its payload.
+
+    Whatever is not printable is shown as an escape. Keys are user ids: mind who sees the output.
+    """
+    from datetime import UTC, datetime
+
+    from rich.console import Console
+
+    from stream_adapt import config
+    from stream_adapt import dead_letters as letters
+
+    since_ms = letters.since_ms(since, datetime.now(UTC)) if since else None
+    found = letters.list_letters(config.load(config_path).config, letters.Filter(reasons), since_ms, limit)
+    _print(found, as_json)
+    if not as_json:
+        Console().print(letters.table(found))
+
+
+@dead_letters.command("replay")
+@_config_option
+@_reason_option
+@click.option("--offset", "offsets", multiple=True, help="Only this one: [PARTITION:]OFFSET of the dead-letters topic.")
+@click.option("--from-beginning", is_flag=True, help="Also those that were replayed before.")
+@click.option("--dry-run", is_flag=True, help="Say what would be replayed, and write nothing.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_json_option
+def dead_letters_replay(
+    config_path: Path | None,
+    reasons: tuple[str, ...],
+    offsets: tuple[str, ...],
+    from_beginning: bool,
+    dry_run: bool,
+    yes: bool,
+    as_json: bool,
+) -> None:
+    """Write refused records to the input again, each once: after the cause is mended.
+
+    Key, bytes and headers are the original ones, and so is the partition; the header stream-adapt.replays counts. What
+    was replayed is remembered in Kafka, in the same transaction, so that a second run leaves it out.
+    """
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from stream_adapt import config
+    from stream_adapt import dead_letters as letters
+
+    if as_json and not (yes or dry_run):
+        raise click.UsageError("--json asks nothing: give --yes or --dry-run, too")
+    wanted = letters.Filter(reasons, [letters.source_of(text) for text in offsets])
+    replayer = letters.Replayer(config.load(config_path).config, wanted, from_beginning=from_beginning)
+
+    progress = Progress(console=Console(stderr=True))
+
+    def agreed(plan: Any) -> bool:
+        letters.tell(plan, lambda line: click.echo(line, err=True))
+        if dry_run or not plan.selected:
+            return False
+        if not yes and not click.confirm(f"Write them to {plan.topic}?", err=True):
+            return False
+        progress.add_task("replaying", total=plan.selected)
+        progress.start()
+        return True
+
+    try:
+        result = replayer.run(agreed, lambda done: progress.update(progress.task_ids[0], completed=done))
+    finally:
+        progress.stop()
+    _print(result, as_json)
+    if not as_json:
+        click.echo(f"{result.replayed:,} replayed to {result.topic}")
 
 
 @cli.command()

@@ -7,7 +7,8 @@
     ├── KafkaRefused         exit 3  the broker said no, or cannot be reached: nothing was lost
     ├── StateFull            exit 3  memory or disk for the rows is used up: nothing was lost
     ├── Fenced               exit 4  another instance uses this transactional.id
-    └── StateMismatch        exit 5  rows and offsets, or rows and model, do not belong together: the operator decides
+    ├── StateMismatch        exit 5  rows and offsets, or rows and model, do not belong together: the operator decides
+    └── DeadLetterBreaker    exit 6  too much of the input is refused; what was refused is committed
 
 A bad *record* is not an exception that leaves the pipeline: it becomes a dead letter (`decode.py`). What a Kafka
 error calls for inside a transaction (try again, abort, build a new producer) is decided in `kafka/errors.py`.
@@ -64,3 +65,9 @@ class StateMismatch(StreamAdaptError):
     """
 
     exit_code = 5
+
+
+class DeadLetterBreaker(StreamAdaptError):
+    """More of the input was refused than `input.breaker_share` allows; what was refused is committed, each once."""
+
+    exit_code = 6

@@ -30,9 +30,11 @@ from typing import Protocol
 
 import structlog
 
+from stream_adapt.breaker import Breaker
 from stream_adapt.commit import Delivery, Outcome
 from stream_adapt.kafka.consumer import InputConsumer
 from stream_adapt.pipeline import Pipeline
+from stream_adapt.quarantine import Quarantine
 from stream_adapt.record import Outputs, RawBatch, Work
 from stream_adapt.restore import Slice, fingerprints
 from stream_adapt.state.row import ControlRow
@@ -163,6 +165,8 @@ class Runner:
         pace: Pace,
         *,
         topic_id: str = "",
+        breaker: Breaker | None = None,
+        quarantine: Quarantine | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.shards: dict[int, ControlRow] = {}
@@ -174,6 +178,8 @@ class Runner:
         self._observer = observer
         self._pace = pace
         self._topic_id = topic_id
+        self._breaker = breaker
+        self._quarantine = quarantine or Quarantine()
         self._clock = clock
         self._pause_s = _FIRST_PAUSE_S
         self._computing_s = 0.0  # of the batch's commit, spent on making what is committed
@@ -183,6 +189,7 @@ class Runner:
 
         Raises:
             KafkaRefused, Fenced: nothing uncommitted is visible; says what to do.
+            DeadLetterBreaker: the batch at which it stopped is committed.
         """
         while not shutdown.asked and not self._enough():
             self.turn()
@@ -191,7 +198,8 @@ class Runner:
     def turn(self) -> None:
         """One batch: poll, process, commit or put back."""
         started = time.perf_counter()
-        raw = self._consumer.poll(self._pace.max_batch, self._patience_s())
+        limit = self._quarantine.limit(self._pace.max_batch, self._consumer.positions.next_offsets)
+        raw = self._consumer.poll(limit, self._patience_s())
         self._observer.stage("poll", time.perf_counter() - started)
         self._observer.polled(len(raw))
         starts = self._uncommitted_starts()
@@ -254,11 +262,12 @@ class Runner:
         if outcome is Outcome.ABORTED:
             self._put_back()
         else:
-            self._keep(done, controls, outcome)
+            self._keep(raw, done, controls, outcome)
 
     def _outputs(self, raw: RawBatch, done: list[Work], controls: list[ControlRow]) -> Iterator[Outputs]:
         """What the batch leads to, computed chunk by chunk as it is asked for; then the rows that it changed."""
-        for chunk in raw.chunks(CHUNK):
+        ends = {row.partition: row.next_offset for row in controls}
+        for chunk in self._quarantine.chunks(raw, ends, CHUNK):
             work = self._pipeline(chunk, self._delivery.undeliverable)
             done.append(work)
             self._computing_s += work.seconds
@@ -268,7 +277,7 @@ class Runner:
         self._computing_s += time.perf_counter() - started
         yield from changed
 
-    def _keep(self, done: list[Work], controls: list[ControlRow], outcome: Outcome) -> None:
+    def _keep(self, raw: RawBatch, done: list[Work], controls: list[ControlRow], outcome: Outcome) -> None:
         self._pipeline.adapter.commit()
         self._consumer.advance({row.partition: row.next_offset for row in controls})
         self.shards |= {row.partition: row for row in controls}
@@ -276,6 +285,8 @@ class Runner:
         self.events += work.records
         self._pause_s = _FIRST_PAUSE_S
         self._observer.committed(work, outcome)
+        if self._breaker is not None:
+            self._breaker.committed(raw, work.dead_letters)
 
     def _put_back(self) -> None:
         self._pipeline.adapter.abort()

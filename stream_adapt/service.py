@@ -17,6 +17,7 @@ from confluent_kafka.admin import AdminClient
 from prometheus_client import CollectorRegistry
 
 from stream_adapt.adapt import Adapter
+from stream_adapt.breaker import Breaker
 from stream_adapt.commit import AtLeastOnce, Delivery, ExactlyOnce
 from stream_adapt.config import Config
 from stream_adapt.decode import Decoder, Limits
@@ -34,6 +35,7 @@ from stream_adapt.learner.rules.kalman.step import Screen
 from stream_adapt.metrics import Metrics
 from stream_adapt.models import Model, read_model
 from stream_adapt.pipeline import Pipeline
+from stream_adapt.quarantine import Quarantine
 from stream_adapt.record import Flag, TopicNames
 from stream_adapt.restore import Expected, Restorer
 from stream_adapt.runner import Observer, Observers, Pace, Runner, Shutdown
@@ -66,7 +68,7 @@ def run(config: Config, shutdown: Shutdown, stop_after: int | None = None) -> Fi
         stop_after: events after whose commit it ends by itself.
 
     Raises:
-        ConfigError, KafkaRefused, Fenced: each says what to do.
+        ConfigError, KafkaRefused, Fenced, DeadLetterBreaker: each says what to do.
     """
     calm_collector()
     started = time.monotonic()
@@ -122,7 +124,7 @@ def serve(config: Config, shutdown: Shutdown, observe: Callable[[Pipeline], Obse
         pace: batch size and latency bound; the configuration's if not given.
 
     Raises:
-        ConfigError, KafkaRefused, Fenced: each says what to do.
+        ConfigError, KafkaRefused, Fenced, DeadLetterBreaker: each says what to do.
     """
     topics = config.topic_names
     pipeline = build_pipeline(config, served_model(config), topics)
@@ -133,9 +135,21 @@ def serve(config: Config, shutdown: Shutdown, observe: Callable[[Pipeline], Obse
     runner: Runner
     restorer = build_restorer(config, pipeline, topic_id, observer)
     listener = RebalanceListener(lambda p: runner.assigned(p), lambda p: runner.revoked(p))
+    quarantine = Quarantine(config.state_dir, f"{topics.events}/{topic_id}", config.input.crashes_before_quarantine)
+    pipeline.decoder.quarantined = quarantine.condemned
     consumer = InputConsumer(properties.consumer(config), topics.events, start=config.input.start, listener=listener)
     delivery = build_delivery(config, consumer)
-    runner = Runner(consumer, pipeline, delivery, restorer, observer, pace or pace_of(config), topic_id=topic_id)
+    runner = Runner(
+        consumer,
+        pipeline,
+        delivery,
+        restorer,
+        observer,
+        pace or pace_of(config),
+        topic_id=topic_id,
+        breaker=Breaker(topics, config.input.breaker_share, config.input.breaker_window),
+        quarantine=quarantine,
+    )
     log.info(
         "running",
         model=pipeline.adapter.model.version,
@@ -144,7 +158,8 @@ def serve(config: Config, shutdown: Shutdown, observe: Callable[[Pipeline], Obse
         group=config.group_id,
     )
     try:
-        runner.run(shutdown)
+        with quarantine:
+            runner.run(shutdown)
     finally:
         delivery.close()
         consumer.close()

@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ from stream_adapt.testing.broker import RunningBroker, read_all
 STARS = Feedback(("1", "2", "3", "4", "5"), "4", LabelCuts((1, 5), (2, 3, 4, 5)))
 ITEMS = [f"item-{i}" for i in range(200)]
 EXIT_TIMEOUT_S = 60.0
+#: What is started as a member.
+RUN = (sys.executable, "-m", "stream_adapt", "run")
 
 
 def event(number: int, user: str | None = None, **changes: Any) -> dict[str, Any]:
@@ -61,6 +63,7 @@ class App:
             "input": {"latency_ms": 20},
             "model": {"path": str(self.folder / "models")},
             "metrics": {"port": 0},
+            "state": {"dir": str(self.folder / f"state-{instance}")},
         }  # fmt: skip
         for section, values in sections.items():
             tree[section] = {**tree.get(section, {}), **values} if isinstance(values, dict) else values
@@ -68,12 +71,14 @@ class App:
         path.write_text(yaml.safe_dump(tree))
         return path
 
-    def start(self, *arguments: str, config: Path | None = None, **sections: Any) -> subprocess.Popen[bytes]:
-        """Starts `stream-adapt run` as its own process."""
+    def start(
+        self, *arguments: str, config: Path | None = None, command: Sequence[str] = RUN, **sections: Any
+    ) -> subprocess.Popen[bytes]:
+        """Starts `stream-adapt run`, or what stands for it, as its own process."""
         path = config or self.config(**sections)
-        log = path.with_suffix(".log").open("wb")
+        log = path.with_suffix(".log").open("ab")
         member = subprocess.Popen(
-            dying_with_parent([sys.executable, "-m", "stream_adapt", "run", "-c", str(path), *arguments]),
+            dying_with_parent([*command, "-c", str(path), *arguments]),
             stderr=log,
             stdout=log,
         )

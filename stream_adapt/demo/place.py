@@ -62,6 +62,7 @@ def prepare_place(
         "topics": {"partitions": partitions},
         "model": {"path": str(model)},
         "metrics": {"host": HOST, "port": port},
+        "state": {"dir": str(folder / "state")},
     }
     path.write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
     environment = _environment(own_broker)

@@ -32,7 +32,7 @@ _BLOCK = re.compile(r"(<!-- generated: ([a-z0-9-]+) -->\n).*?(<!-- /generated --
 #: What the tables cannot take from the code.
 _TOPIC_MEANINGS = (
     "event v1, yours: what users do. Key: the user id.",
-    "score v1, one for each event. Key: the event's.",
+    "score v1, one for each event; receipt v1, one for each erasure. Key: the user id.",
     "refused records, bytes unchanged, the reason in the headers. Key: the record's.",
 )
 _COMPUTED_DEFAULTS = {"app.instance": "the host's name"}
@@ -48,6 +48,8 @@ def blocks() -> dict[str, str]:
         "topics": topics(),
         "event-v1": schema("event-v1"),
         "score-v1": schema("score-v1"),
+        "erase-v1": schema("erase-v1"),
+        "receipt-v1": schema("receipt-v1"),
         "dead-letter-v1": schema("dead-letter-v1", but=("stream-adapt.reason",)),
         "reasons": _table(("reason", "what is wrong"), ((f"`{reason}`", text) for reason, text in REASONS.items())),
         "exit-codes": exit_codes(),
@@ -89,7 +91,10 @@ def commands() -> str:
 
 def _parameter(parameter: click.Parameter) -> tuple[str, str, str]:
     if isinstance(parameter, click.Argument):
-        return f"`{parameter.make_metavar(click.Context(cli))}`", f"`{parameter.default}`", "What to read."
+        metavar = f"`{parameter.make_metavar(click.Context(cli))}`"
+        if parameter.required:
+            return metavar, "–", "Required."
+        return metavar, f"`{parameter.default}`", "What to read."
     assert isinstance(parameter, click.Option)
     opts = ", ".join(f"`{name}`" for name in parameter.opts)
     if isinstance(parameter.type, click.Choice):

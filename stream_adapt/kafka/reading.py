@@ -1,0 +1,135 @@
+"""Reading a topic outside the loop: what is committed in it, from given offsets up to its end as it is now."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any
+
+from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+
+from stream_adapt.errors import KafkaRefused
+from stream_adapt.kafka.errors import describe, kafka_error
+
+_CALL_TIMEOUT_S = 15.0
+#: Records of one fetch from the client.
+_CHUNK = 5_000
+#: Nothing at all for so long, and no end either: nobody answers.
+_STALL_S = 60.0
+
+
+class TopicReader:
+    """A consumer of one topic that joins no group; `with` it. Its calls raise KafkaRefused."""
+
+    def __init__(self, settings: Mapping[str, Any], topic: str, group_id: str | None = None) -> None:
+        """Opens the topic.
+
+        Args:
+            settings: librdkafka properties of every client.
+            topic: what is read.
+            group_id: whose committed offsets `committed` and `group_metadata` are about.
+        """
+        self.topic = topic
+        self._consumer = Consumer(
+            {
+                **settings,
+                "group.id": group_id or f"stream-adapt-reader-{uuid.uuid4()}",
+                "enable.auto.commit": False,
+                "enable.auto.offset.store": False,
+                "isolation.level": "read_committed",
+                "enable.partition.eof": True,
+                "allow.auto.create.topics": False,
+                "auto.offset.reset": "earliest",
+            }
+        )
+
+    def __enter__(self) -> TopicReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._consumer.close()
+
+    def partitions(self, topic: str | None = None) -> list[int]:
+        """Partitions of the topic, or of another one."""
+        name = topic or self.topic
+        try:
+            found = self._consumer.list_topics(name, timeout=_CALL_TIMEOUT_S).topics[name]
+        except KafkaException as error:
+            raise self._refused("its metadata", error) from error
+        if found.error is not None:
+            raise KafkaRefused(f"{name}: {describe(found.error)}. To do: `stream-adapt topics create -c FILE`")
+        return sorted(found.partitions)
+
+    def ends(self, partitions: Collection[int]) -> dict[int, tuple[int, int]]:
+        """First offset, and last offset + 1, of partitions."""
+        ends = {}
+        for partition in partitions:
+            try:
+                low, high = self._consumer.get_watermark_offsets(
+                    TopicPartition(self.topic, partition), timeout=_CALL_TIMEOUT_S
+                )
+            except KafkaException as error:
+                raise self._refused("its ends", error) from error
+            ends[partition] = (low, high)
+        return ends
+
+    def since(self, partitions: Collection[int], time_ms: int) -> dict[int, int]:
+        """First offsets of records that were written at a time or later; the end where there are none."""
+        asked = [TopicPartition(self.topic, partition, time_ms) for partition in partitions]
+        try:
+            found = self._consumer.offsets_for_times(asked, timeout=_CALL_TIMEOUT_S)
+        except KafkaException as error:
+            raise self._refused("offsets by time", error) from error
+        ends = self.ends(partitions)
+        return {tp.partition: tp.offset if tp.offset >= 0 else ends[tp.partition][1] for tp in found}
+
+    def committed(self, partitions: Collection[int]) -> dict[int, TopicPartition]:
+        """What the group has committed, where it has; waits for transactions that are still pending."""
+        asked = [TopicPartition(self.topic, partition) for partition in partitions]
+        try:
+            found = self._consumer.committed(asked, timeout=_CALL_TIMEOUT_S)
+        except KafkaException as error:
+            raise self._refused("committed offsets", error) from error
+        return {tp.partition: tp for tp in found if tp.offset >= 0}
+
+    def group_metadata(self) -> object:
+        """To commit offsets for the group within a transaction; the group has no members."""
+        return self._consumer.consumer_group_metadata()
+
+    def records(self, ranges: Mapping[int, tuple[int, int]]) -> Iterator[Message]:
+        """Committed records from a first offset up to, not including, a last one, by partition in order."""
+        unfinished = {partition: stop for partition, (start, stop) in ranges.items() if start < stop}
+        self._consumer.assign([TopicPartition(self.topic, p, ranges[p][0]) for p in unfinished])
+        heard = time.monotonic()
+        while unfinished:
+            for message in self.poll():
+                heard = time.monotonic()
+                partition, offset, error = message.partition(), message.offset(), message.error()
+                assert partition is not None
+                assert offset is not None
+                if partition not in unfinished:
+                    continue
+                if error is None and offset < unfinished[partition]:
+                    yield message
+                if offset >= unfinished[partition] - 1 or error is not None:
+                    del unfinished[partition]
+            if time.monotonic() - heard > _STALL_S:
+                raise KafkaRefused(f"{self.topic}: nothing within {_STALL_S:.0f} s; are the brokers up?")
+
+    def poll(self, timeout_s: float = 0.2) -> list[Message]:
+        """Records, and ends of partitions, of what was assigned; an end is an error of its own kind."""
+        messages = self._consumer.consume(_CHUNK, timeout_s)
+        for message in messages:
+            error = message.error()
+            if error is not None and error.code() != KafkaError._PARTITION_EOF:
+                raise KafkaRefused(f"{self.topic}: {describe(error)}")
+        return messages
+
+    def assign(self, starts: Mapping[int, int]) -> None:
+        """Reads from these offsets on, without an end."""
+        self._consumer.assign([TopicPartition(self.topic, p, start) for p, start in starts.items()])
+
+    def _refused(self, what: str, error: KafkaException) -> KafkaRefused:
+        found = kafka_error(error)
+        return KafkaRefused(f"{self.topic}: no {what}: {found and describe(found)}; are the brokers up?")
