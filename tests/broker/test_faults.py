@@ -7,6 +7,7 @@ member runs on and on; it has to come through all of them.
 from __future__ import annotations
 
 import json
+import re
 import signal
 import socket
 import subprocess
@@ -17,7 +18,8 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,7 +29,7 @@ from confluent_kafka.admin import AdminClient, NewPartitions
 
 from stream_adapt.kafka.topics import create_topics, product_topics
 from stream_adapt.models import LearnerSpec
-from stream_adapt.testing.broker import RunningBroker
+from stream_adapt.testing.broker import IMPATIENT, RunningBroker
 from stream_adapt.testing.model import random_model
 from stream_adapt.testing.proxy import (
     Api,
@@ -44,6 +46,7 @@ from stream_adapt.testing.proxy import (
     Match,
     Refuse,
     Trickle,
+    embedded_behind_proxy,
 )
 
 pytestmark = pytest.mark.broker
@@ -70,7 +73,6 @@ class Stream:
     app: App
     proxy: FaultProxy
     sent: int = 0
-    settings: dict[str, Any] = field(default_factory=dict)
 
     def config(self, instance: str = "0", **kafka: Any) -> Any:
         """A member's configuration: every time-out short."""
@@ -93,7 +95,8 @@ class Stream:
     def running(self, members: int) -> None:
         """Waits until so many members have partitions."""
         deadline = time.monotonic() + WAIT_S
-        while sum("partitions assigned" in path.read_text() for path in self.app.folder.glob("*.log")) < members:
+        assigned = re.compile(r"partitions assigned\S*\s+\S*partitions\S*=\S*\[\d")
+        while sum(bool(assigned.search(path.read_text())) for path in self.app.folder.glob("*.log")) < members:
             assert time.monotonic() < deadline, self.app.log()[-3000:]
             time.sleep(0.1)
 
@@ -252,7 +255,8 @@ def test_a_member_that_stood_still_past_a_timeout_goes_on(stream: Stream, api: A
 
 def test_members_join_and_leave_in_a_loop(stream: Stream) -> None:
     first = stream.start("a")
-    for others in range(1, 4):
+    stream.running(1)
+    for others in (1, 2):
         late = stream.inject(Delay, Api.TXN_OFFSET_COMMIT, "a", seconds=0.5)
         second = stream.start("b")
         stream.send()
@@ -319,6 +323,48 @@ def test_an_open_upstream_transaction_is_waited_for(stream: Stream) -> None:
     upstream.commit_transaction(30)
     stream.sent += 20
     stream.arrived()
+
+
+def test_a_hot_user_is_one_user_among_others(stream: Stream) -> None:
+    stream.start()
+    users = ("hot" if n % 10 else f"user-{n}" for n in range(3 * COUNT))
+    stream.app.produce(event(n, user) for n, user in enumerate(users))
+    stream.sent = 3 * COUNT
+    stream.arrived()
+    adapted = Counter(score["user_id"] for score in stream.app.scores())
+    assert (adapted["hot"], adapted["user-10"]) == (2.7 * COUNT, 1)
+
+
+# To the broker.
+
+
+@pytest.mark.slow
+def test_a_broker_that_is_down_for_a_minute_is_survived(tmp_path: Path) -> None:
+    """Longer than every time-out. Whoever ends in the meantime says why, and is started again, as a supervisor does."""
+    with embedded_behind_proxy(tmp_path / "kafka", properties=IMPATIENT) as behind:
+        broker = RunningBroker(behind.kafka.bootstrap_servers, "embedded", behind.proxy)
+        app = App(f"app-{uuid.uuid4().hex[:8]}", broker, tmp_path, 2)
+        random_model(app.folder / "models", LearnerSpec(feedback=STARS), ITEMS)
+        create_topics({"bootstrap.servers": broker.bootstrap_servers}, product_topics(app.name, 2, 1))
+        stream = Stream(app, behind.proxy)
+        try:
+            member = stream.start()
+            stream.send()
+            stream.arrived()
+            in_commit = stream.inject(Hold, Api.END_TXN)
+            stream.send()
+            in_commit.wait(timeout_s=WAIT_S)
+            behind.kafka.kill()
+            in_commit.lift()
+            time.sleep(60)
+            behind.kafka.start()
+            if member.poll() is not None:
+                assert member.returncode == 3, app.log()[-3000:]
+                stream.start()
+            stream.send()
+            stream.arrived()
+        finally:
+            app.end()
 
 
 # To topics and groups.
