@@ -38,8 +38,9 @@ format: setup ## let ruff mend what it can
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: setup ## write the generated parts of README.md anew from the code
+docs: setup ## write the generated parts of README.md and tests/README.md anew from the code
 	$(BIN)/python tests/docs/generate.py
+	PYTHONPATH=tests $(BIN)/python tests/docs/tables.py
 
 # Keeps what constraints.txt pins already, as far as pyproject.toml allows; newer versions: ARGS=--upgrade
 constraints: setup ## write constraints.txt anew from pyproject.toml

@@ -12,6 +12,7 @@ What a commit can end in:
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from enum import Enum
@@ -87,12 +88,15 @@ class ExactlyOnce:
         *,
         transactional_id: str,
         fence_window_s: float,
+        transaction_timeout_s: float = math.inf,
     ) -> None:
         self._make_producer = make_producer
         self._group = group
         self._id = transactional_id
         self._fence_window_s = fence_window_s
+        self._transaction_timeout_s = transaction_timeout_s
         self._fenced_at: float | None = None
+        self._began_at = math.inf
         self._refusals = _Refusals()
         self._producer = self._build()
 
@@ -120,6 +124,7 @@ class ExactlyOnce:
         try:
             # 1. A producer that no delayed request can reach.
             self._replace_if_suspect()
+            self._began_at = time.monotonic()
             self._producer.begin()
             # 2. and 3. Everything that the batch led to, and where it ends.
             for block in outputs:
@@ -184,6 +189,8 @@ class ExactlyOnce:
 
     def _note_fencing(self, error: FencedOff) -> None:
         now = time.monotonic()
+        if now - self._began_at > self._transaction_timeout_s:
+            return  # the broker gave the transaction up, and the epoch with it: that looks alike
         if self._fenced_at is not None and now - self._fenced_at < self._fence_window_s:
             raise Fenced(
                 f"transactional.id {self._id!r} was taken twice within {self._fence_window_s:.0f} s ({error}): another "

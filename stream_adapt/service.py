@@ -261,6 +261,7 @@ def build_delivery(config: Config, consumer: InputConsumer) -> Delivery:
         consumer,
         transactional_id=config.transactional_id,
         fence_window_s=_FENCE_TIMEOUTS * timeout_s,
+        transaction_timeout_s=timeout_s,
     )
 
 

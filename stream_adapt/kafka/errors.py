@@ -8,7 +8,10 @@
 | RETRY       | retriable                                  | the same call again, within the deadline             |
 
 The order matters: an abortable error may be retriable, too, and a fenced producer's is fatal. A stale epoch that asks
-for an abort is no fencing yet; the abort itself tells.
+for an abort is no fencing yet; the abort itself tells. Neither flags nor codes say all: a commit that is answered with
+an abortable error may have been done (the abort is refused then), and a transaction that the broker gave up after its
+timeout looks fenced. `commit.py` looks closer. What is told at which request: `tests/README.md`, measured on Apache
+Kafka.
 Sources: KIP-98, KIP-360, KIP-588, librdkafka's `INTRODUCTION.md` on transactions.
 """
 

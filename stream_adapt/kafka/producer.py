@@ -27,8 +27,8 @@ from stream_adapt.record import Outputs, Source
 
 log = structlog.get_logger(__name__)
 
-#: One try of a call that may block; between tries signals are handled.
-_TRY_S = 5.0
+#: One try of a call that may block; between tries signals are handled, and two within one try are one.
+_TRY_S = 1.0
 #: Share of socket.timeout.ms after which a commit counts as having been sent more than once.
 _SLOW_SHARE = 0.8
 #: In place of a partition: the partitioner decides, by the key.

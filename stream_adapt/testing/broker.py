@@ -31,8 +31,8 @@ from stream_adapt.testing.proxy import FaultProxy, embedded_behind_proxy
 BOOTSTRAP_VARIABLE = "STREAM_ADAPT_TEST_BOOTSTRAP"
 BROKER_VARIABLE = "STREAM_ADAPT_TEST_BROKER"
 
-#: Tests of what happens after a timeout need not wait for the long ones that are usual.
-_IMPATIENT = {
+#: Settings of a broker for tests: what happens after a timeout need not be waited for as long as is usual.
+IMPATIENT = {
     "group.min.session.timeout.ms": "1000",
     "transaction.abort.timed.out.transaction.cleanup.interval.ms": "500",
 }
@@ -119,7 +119,7 @@ def running_broker() -> Iterator[RunningBroker]:
         with _container() as address:
             yield RunningBroker(address, "docker")
     elif wanted == "embedded":
-        with embedded_behind_proxy(properties=_IMPATIENT) as behind:
+        with embedded_behind_proxy(properties=IMPATIENT) as behind:
             yield RunningBroker(behind.kafka.bootstrap_servers, "embedded", behind.proxy)
     else:
         raise ConfigError(f"{BROKER_VARIABLE}={wanted} is not known: give embedded or docker, or {BOOTSTRAP_VARIABLE}.")
@@ -214,7 +214,7 @@ def _container() -> Iterator[str]:
 def _container_settings(advertised: str) -> dict[str, str]:
     return {
         **SINGLE_NODE,
-        **_IMPATIENT,
+        **IMPATIENT,
         "listeners": f"PLAINTEXT://:{_CONTAINER_PORT},CONTROLLER://:9093",
         "advertised.listeners": f"PLAINTEXT://{advertised}",
         "listener.security.protocol.map": "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT",

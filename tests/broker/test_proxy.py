@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import re
 import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Producer, TopicPartition
@@ -250,6 +253,19 @@ def test_a_client_sees_a_reset_while_there_is_no_broker() -> None:
         port = nobody.getsockname()[1]
     with FaultProxy("127.0.0.1", port) as proxy, pytest.raises(ConnectionError):
         socket.create_connection(("127.0.0.1", proxy.port)).recv(1)
+
+
+def test_the_readmes_example_holds(
+    kafka_broker: RunningBroker, topic_factory: TopicFactory, fault_proxy: FaultProxy
+) -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    (example,) = [
+        b for b in re.findall(r"^```python\n(.*?)^```$", readme, re.DOTALL | re.MULTILINE) if "fault_proxy" in b
+    ]
+    names: dict[str, Any] = {}
+    exec(compile(example, "README.md", "exec"), names)
+    (test,) = [value for name, value in names.items() if name.startswith("test_")]
+    test(kafka_broker, topic_factory, fault_proxy)
 
 
 def test_errors_of_other_requests_cannot_be_set(fault_proxy: FaultProxy) -> None:

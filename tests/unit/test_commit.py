@@ -139,6 +139,22 @@ def test_fenced_once_is_survived_and_twice_is_not() -> None:
         _commit(delivery)
 
 
+def test_a_transaction_that_the_broker_gave_up_is_no_fencing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It takes the epoch along, and every call then says that the producer is fenced."""
+    now = iter(range(0, 1000, 16))
+    monkeypatch.setattr("stream_adapt.commit.time.monotonic", lambda: next(now))
+    scripts: list[Script] = [{"commit": FencedOff("−144")} for _ in range(4)]
+    built = iter(ScriptedProducer(script) for script in scripts)
+    delivery = ExactlyOnce(
+        lambda: next(built),  # type: ignore[arg-type,return-value]
+        ScriptedGroup(),
+        transactional_id="app.0",
+        fence_window_s=45,
+        transaction_timeout_s=15,
+    )
+    assert [_commit(delivery) for _ in range(3)] == [Outcome.ABORTED] * 3
+
+
 @pytest.mark.parametrize(
     ("committed", "expected"), [({0: 5, 1: 5}, Outcome.ABORTED), (OFFSETS, Outcome.RECOVERED)], ids=["not done", "done"]
 )

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 from confluent_kafka import KafkaError, KafkaException
+from flags import COMMITS, FLAGS, NEW_PRODUCER, Flag
 
 from stream_adapt.errors import KafkaRefused
 from stream_adapt.kafka.consumer import generation
@@ -17,10 +20,39 @@ def test_the_library_still_has_the_errors_we_know() -> None:
 
 
 @pytest.mark.parametrize("name", sorted(CODES))
-def test_every_error_has_a_consequence_and_a_description(name: str) -> None:
-    error = KafkaError(CODES[name])
-    assert isinstance(consequence(error), Consequence)
-    assert str(CODES[name]) in describe(error)
+def test_every_error_has_a_description(name: str) -> None:
+    assert str(CODES[name]) in describe(KafkaError(CODES[name]))
+
+
+@pytest.mark.parametrize("name", sorted(CODES))
+def test_every_error_with_every_flags_has_its_consequence(name: str) -> None:
+    """Abortable comes first, and what is neither flagged nor known to be a fencing needs a new producer."""
+    fencing = name in ("_FENCED", "PRODUCER_FENCED", "INVALID_PRODUCER_EPOCH")
+    for fatal, retriable, abortable in product((False, True), repeat=3):
+        error = KafkaError(CODES[name], "", fatal, retriable, abortable)
+        expected = (
+            Consequence.ABORT
+            if abortable
+            else Consequence.FENCED
+            if fencing
+            else Consequence.RETRY
+            if retriable and not fatal
+            else Consequence.REBUILD
+        )
+        assert expected is consequence(error), (fatal, retriable, abortable)
+
+
+@pytest.mark.parametrize("flag", FLAGS, ids=lambda flag: f"{flag.api.name}-{flag.error}-{flag.applied}")
+def test_what_was_measured_on_kafka_has_the_consequence_that_it_needs(flag: Flag) -> None:
+    """Whatever needs a new producer, or may have been committed, must not end in an abort that is believed."""
+    if flag.seen == COMMITS:
+        return
+    code, kind = flag.seen.partition(": ")[2].split(", ")
+    error = KafkaError(CODES[code], "", kind == "fatal", False, kind == "abortable")
+    if flag.then == NEW_PRODUCER:
+        assert consequence(error) in (Consequence.REBUILD, Consequence.FENCED)
+    else:
+        assert consequence(error) is Consequence.ABORT
 
 
 @pytest.mark.parametrize(

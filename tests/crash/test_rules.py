@@ -1,0 +1,113 @@
+"""The rules of exactly-once are needed: with one of them switched off, a script ends in what it is there to prevent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager
+from unittest import mock
+from unittest.mock import PropertyMock
+
+import pytest
+from process import Crash, Deployment, Effect, Point, once_each, outputs, records, survived
+
+from stream_adapt.adapt import Adapter
+from stream_adapt.commit import ExactlyOnce, Outcome
+from stream_adapt.kafka.producer import OutputProducer
+from stream_adapt.testing.scripted import ScriptedBroker, ScriptedConsumer
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_pause() -> Iterator[None]:
+    with mock.patch("stream_adapt.runner.time.sleep"):
+        yield
+
+
+def _newest_generation(consumer: ScriptedConsumer) -> bytes:
+    """The group's generation, and not the one in which the records were polled."""
+    return b"CGMDv2:" + consumer._broker.generation.to_bytes(4, "little", signed=True) + b"group\0"
+
+
+def _everything_reached(_delivery: ExactlyOnce, error: Exception, _next_offsets: Mapping[int, int]) -> Outcome:
+    _delivery._replace()
+    return Outcome.RECOVERED
+
+
+def _nothing_reached(_delivery: ExactlyOnce, error: Exception, _next_offsets: Mapping[int, int]) -> Outcome:
+    _delivery._replace()
+    return Outcome.ABORTED
+
+
+def _without(target: object, name: str, put: object = None) -> AbstractContextManager[object]:
+    return mock.patch.object(target, name, put or (lambda *_args, **_options: None))
+
+
+#: Which rule, how it is switched off, and what then goes wrong.
+SWITCHED_OFF = {
+    "3: the generation at the time of the poll is the fence": (
+        _without(ScriptedConsumer, "group_metadata", _newest_generation),
+        Crash(Point.PRODUCE, 2, Effect.STOPPED),
+    ),
+    "5: an abort puts the rows back": (
+        _without(Adapter, "abort"),
+        Crash(Point.SEND_OFFSETS, 2, Effect.ABORTABLE),
+    ),
+    "5: an abort rewinds": (
+        _without(ScriptedConsumer, "rewind"),
+        Crash(Point.SEND_OFFSETS, 2, Effect.ABORTABLE),
+    ),
+    "6: a lost commit is looked up, not taken for done": (
+        _without(ExactlyOnce, "_recover", _everything_reached),
+        Crash(Point.COMMIT, 2, Effect.FATAL),
+    ),
+    "6: a lost commit is looked up, not taken for undone": (
+        _without(ExactlyOnce, "_recover", _nothing_reached),
+        Crash(Point.COMMIT, 2, Effect.FATAL_AFTER),
+    ),
+    "8: no transaction begins while an EndTxn is under way": (
+        mock.patch.object(OutputProducer, "needs_replacement", PropertyMock(return_value=False)),
+        Crash(Point.COMMIT, 2, Effect.DELAYED),
+    ),
+}
+
+
+@pytest.mark.parametrize("rule", SWITCHED_OFF)
+def test_without_a_rule_a_script_ends_badly(rule: str) -> None:
+    off, crash = SWITCHED_OFF[rule]
+    survived([crash])
+    with off, pytest.raises(AssertionError):
+        survived([crash])
+
+
+def test_an_output_that_is_too_large_becomes_a_dead_letter_and_the_stream_goes_on() -> None:
+    """Rule 9: the source is found, its dead letter replaces it, and nothing else is lost or doubled."""
+    inputs = records(20)
+    user = b"u" * 700
+    inputs[1][4] = (user, inputs[1][4][1].replace(b'"user_id":"u3"', b'"user_id":"' + user + b'"'))  # type: ignore[union-attr]
+    deployment = Deployment(ScriptedBroker(inputs, max_message_bytes=800))
+    deployment.run()
+    assert once_each(deployment.broker) == outputs(deployment.broker)
+    reasons = [dict(w.headers or [])["stream-adapt.reason"] for w in deployment.broker.committed("dead-letters")]
+    assert b"not_delivered" in reasons
+
+
+@pytest.mark.parametrize("jump_s", [-86_400.0, -0.001, 86_400.0])
+def test_a_clock_that_jumps_changes_nothing_but_the_time_of_scoring(jump_s: float) -> None:
+    deployment = Deployment(ScriptedBroker(records(40)))
+    turns = mock.Mock(side_effect=lambda: deployment.clock.jump(jump_s))
+    poll = ScriptedConsumer.poll
+
+    def jumping(consumer: ScriptedConsumer, most: int, timeout_s: float) -> object:
+        turns()
+        return poll(consumer, most, timeout_s)
+
+    with mock.patch.object(ScriptedConsumer, "poll", jumping):
+        deployment.run()
+    assert turns.call_count > 3
+    assert once_each(deployment.broker) == outputs(deployment.broker)
+
+
+def test_a_member_that_is_fenced_twice_steps_back() -> None:
+    """Rule 6: two live instances with one transactional.id do not fence each other for ever."""
+    fenced = [Crash(Point.COMMIT, call, Effect.FENCED) for call in (2, 3)]
+    deployment = survived(fenced)
+    assert [4] == deployment.exits
