@@ -10,18 +10,25 @@ taken round by round, is the share of that which is left when the work is done.
 A round reads all N events from the input topic with a new consumer group. Time runs from the first poll that returns
 records to the return of the last commit; imports, compilation and joining the group are outside.
 
+`bench restore`, what bringing rows back costs: against the same consumer that only reads the same records, in the same
+run. Each of N users has three versions in the changelog, far apart, as compaction leaves them at worst.
+
 `bench step`, what the rule alone costs an event.
 """
 
 from __future__ import annotations
 
+import gc
+import os
 import statistics
 import tempfile
 import time
 import uuid
 from collections.abc import Callable, Collection, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -44,9 +51,9 @@ from stream_adapt.kafka.producer import OutputProducer
 from stream_adapt.kafka.topics import create_topics
 from stream_adapt.learner.encoder import Bag, Categorical, Feature, Numeric, features_struct
 from stream_adapt.models import Covariance, LearnerSpec, read_model
-from stream_adapt.record import Batch, Outputs, RawBatch, Score, UserEvent, Work
+from stream_adapt.record import Batch, Outputs, RawBatch, Score, UserEvent, UserId, Work
 from stream_adapt.restore import Slice
-from stream_adapt.runner import Pace, Shutdown
+from stream_adapt.runner import Observers, Pace, Shutdown
 from stream_adapt.state.row import ControlRow
 from stream_adapt.testing.model import random_model
 
@@ -65,19 +72,20 @@ class EndToEnd:
     batch: int = 16_384
     delivery: Literal["exactly_once", "at_least_once"] = "exactly_once"
     covariance: Literal["diagonal", "full"] = "diagonal"
+    users: Literal["unique", "movielens-like"] = "movielens-like"
     bootstrap_servers: str | None = None
 
 
 class Result(msgspec.Struct):
     """What `bench e2e --json` prints; rates are medians over the rounds, ratios medians of the rounds' ratios."""
 
-    ratio: float  # the loop as configured ÷ pass-through
-    ratio_stateless: float  # nothing written but scores; today's loop writes nothing else
+    ratio: float  # the loop, changelog and all, ÷ pass-through
     events_per_s: float
     pass_through_per_s: float
     stages_us: dict[str, float]  # microseconds an event
-    rows_per_event: float  # rows changed in a batch ÷ events of the batch
-    bytes_out_per_event: float
+    rows_per_event: float  # rows written to the changelog ÷ events; items' rows count, too
+    user_rows_per_event: float
+    bytes_out_per_event: float  # scores
     batch: int
     delivery: str
     broker: str
@@ -93,7 +101,7 @@ class Stopwatch:
     ended: float = 0.0
     events: int = 0
     bytes_out: int = 0
-    rows: int = 0
+    rows: tuple[int, int] = (0, 0)  # of users and items, changed by transactions
     _polling: float = 0.0
 
     def tick(self, _consumer: InputConsumer, _shards: dict[int, ControlRow]) -> None:
@@ -114,8 +122,9 @@ class Stopwatch:
     def committed(self, work: Work, _outcome: Outcome) -> None:
         self.ended = time.perf_counter()
         self.events += len(work.batch)
-        keys = zip(work.batch.partitions.tolist(), work.batch.user_ids, strict=True)
-        self.rows += len(set(keys))
+        partitions = work.batch.partitions.tolist()
+        users, items = (set(zip(partitions, ids, strict=True)) for ids in (work.batch.user_ids, work.batch.item_ids))
+        self.rows = self.rows[0] + len(users), self.rows[1] + len(items)
         self.bytes_out += sum(len(value or b"") for block in work.outputs for value in block.values)
 
     def aborted(self) -> None:
@@ -154,11 +163,11 @@ def _result(parameters: EndToEnd, broker: str, loops: list[Stopwatch], carried: 
     per_event = {stage: statistics.median(1e6 * loop.stages[stage] / loop.events for loop in loops) for stage in STAGES}
     return Result(
         ratio=round(statistics.median(ratios), 3),
-        ratio_stateless=round(statistics.median(ratios), 3),
         events_per_s=round(statistics.median(loop.per_s for loop in loops)),
         pass_through_per_s=round(statistics.median(carried)),
         stages_us={stage: round(us, 3) for stage, us in per_event.items()},
-        rows_per_event=round(loops[-1].rows / loops[-1].events, 3),
+        rows_per_event=round(sum(loops[-1].rows) / loops[-1].events, 3),
+        user_rows_per_event=round(loops[-1].rows[0] / loops[-1].events, 3),
         bytes_out_per_event=round(loops[-1].bytes_out / loops[-1].events, 1),
         batch=parameters.batch,
         delivery=parameters.delivery,
@@ -168,7 +177,7 @@ def _result(parameters: EndToEnd, broker: str, loops: list[Stopwatch], carried: 
 
 
 @contextmanager
-def _broker(parameters: EndToEnd) -> Iterator[tuple[str, str]]:
+def _broker(parameters: EndToEnd | Restore) -> Iterator[tuple[str, str]]:
     if parameters.bootstrap_servers:
         yield parameters.bootstrap_servers, parameters.bootstrap_servers
         return
@@ -200,15 +209,18 @@ def _typed(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _events(count: int) -> Iterator[UserEvent]:
+def _events(count: int, users: str = "movielens-like") -> Iterator[UserEvent]:
+    """With `unique`, no user comes twice: every event starts, changes and writes a row of its own."""
     stream = Synthetic(events=count, drift="none", users=20_000, items=5_000, active=4_000, burst=8)
-    for event in synthetic_events(stream):
-        yield msgspec.structs.replace(event, features={name: event.features[name] for name in FEATURES})
+    for number, event in enumerate(synthetic_events(stream)):
+        user = UserId(f"user-{number}") if users == "unique" else event.user_id
+        features = {name: event.features[name] for name in FEATURES}
+        yield msgspec.structs.replace(event, user_id=user, features=features)
 
 
 def _fill(config: Config, parameters: EndToEnd) -> None:
     producer = Producer({**properties.common(config), "linger.ms": 20, "partitioner": "murmur2_random"})
-    for number, event in enumerate(_events(parameters.events)):
+    for number, event in enumerate(_events(parameters.events, parameters.users)):
         producer.produce(config.topic("events"), msgspec.json.encode(event), event.user_id)
         if number % 10_000 == 0:
             producer.poll(0.2)
@@ -218,15 +230,24 @@ def _fill(config: Config, parameters: EndToEnd) -> None:
 def _one_loop(config: Config, events: int) -> Stopwatch:
     """The real member, in this process, with a group of its own."""
     watch = Stopwatch()
-    own = config.model_copy(update={"kafka": config.kafka.model_copy(update={"group_id": uuid.uuid4().hex})})
+    own = _with_own_group(config)
+    create_topics(properties.common(own), service.topic_specs(own))
     pace = Pace(config.input.max_batch, config.input.latency_ms / 1000, events)
     service.serve(own, Shutdown(), lambda _pipeline: watch, pace)
     return watch
 
 
+def _with_own_group(config: Config) -> Config:
+    """A new group begins at the first event; its rows need a changelog of their own."""
+    group = uuid.uuid4().hex
+    kafka = config.kafka.model_copy(update={"group_id": group})
+    topics = config.topics.model_copy(update={"changelog": f"{config.app.name}.{group}.changelog"})
+    return config.model_copy(update={"kafka": kafka, "topics": topics})
+
+
 def _pass_through(config: Config, events: int) -> float:
     """Events a second of a loop that only carries."""
-    own = config.model_copy(update={"kafka": config.kafka.model_copy(update={"group_id": uuid.uuid4().hex})})
+    own = _with_own_group(config)
     consumer = InputConsumer(
         properties.consumer(own), own.topic("events"), start="earliest", listener=RebalanceListener()
     )
@@ -323,3 +344,136 @@ def _raw(events: list[UserEvent]) -> RawBatch:
     keys: list[bytes | None] = [event.user_id.encode() for event in events]
     values: list[bytes | None] = [msgspec.json.encode(event) for event in events]
     return RawBatch(keys, values, np.zeros(len(events), np.int32), np.arange(len(events)))
+
+
+@dataclass(frozen=True)
+class Restore:
+    """Parameters of `bench restore`."""
+
+    users: int = 200_000
+    rounds: int = 3
+    partitions: int = 4
+    bootstrap_servers: str | None = None
+
+
+class RestoreResult(msgspec.Struct):
+    """What `bench restore --json` prints; medians over the rounds."""
+
+    ratio: float  # restoring ÷ merely consuming, records/s
+    records_per_s: float  # restored
+    rows_per_s: float  # rows there at the end ÷ seconds
+    consumed_per_s: float  # merely consumed
+    row_bytes: int
+    records_read: int
+    rows_kept: int
+    bytes_per_user: float  # resident bytes ÷ users
+    resident_bytes: int  # that the process gained by restoring: rows, index, ids
+    broker: str
+    ratios: list[float]
+
+
+#: Versions of each row in the changelog.
+_VERSIONS = 3
+
+
+def restore(parameters: Restore, progress: Callable[[str], None] = lambda _: None) -> RestoreResult:
+    """Rounds of consuming and restoring in turn, each in a process of its own; see the module's docstring."""
+    with _broker(parameters) as (bootstrap, broker), tempfile.TemporaryDirectory() as folder:
+        base = EndToEnd(partitions=parameters.partitions, bootstrap_servers=bootstrap)
+        config = _configuration(base, bootstrap, Path(folder))
+        progress(f"writing {_VERSIONS} versions of {parameters.users:,} users' rows")
+        row_bytes = _fill_changelog(config, parameters)
+        rounds = []
+        for number in range(parameters.rounds):
+            rounds.append(_in_a_process(_restore_round, config))
+            consumed, restored = rounds[-1].consumed_per_s, rounds[-1].records_per_s
+            progress(f"round {number + 1}: restored {restored:,.0f}/s, consumed {consumed:,.0f}/s")
+    ratios = [one.records_per_s / one.consumed_per_s for one in rounds]
+    resident = round(statistics.median(one.resident_bytes for one in rounds))
+    return RestoreResult(
+        ratio=round(statistics.median(ratios), 3),
+        records_per_s=round(statistics.median(one.records_per_s for one in rounds)),
+        rows_per_s=round(statistics.median(one.records_per_s * one.rows / one.records for one in rounds)),
+        consumed_per_s=round(statistics.median(one.consumed_per_s for one in rounds)),
+        row_bytes=row_bytes,
+        records_read=rounds[0].records,
+        rows_kept=rounds[0].rows,
+        bytes_per_user=round(resident / parameters.users, 1),
+        resident_bytes=resident,
+        broker=broker,
+        ratios=[round(ratio, 3) for ratio in ratios],
+    )
+
+
+@dataclass(frozen=True)
+class _Round:
+    records: int
+    rows: int
+    consumed_per_s: float
+    records_per_s: float
+    resident_bytes: int
+
+
+def _in_a_process(work: Callable[[Config], _Round], config: Config) -> _Round:
+    """What `work` returns in a fresh process: its resident memory is its own."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(work, config).result()
+
+
+def _fill_changelog(config: Config, parameters: Restore) -> int:
+    """Three versions of every user's row, and nothing committed; returns the bytes of a row."""
+    adapter = Adapter(read_model(config.model.path))
+    layout = adapter.users.layout
+    random = np.random.default_rng(0)
+    producer = Producer({**properties.common(config), "linger.ms": 20})
+    topic = config.topic("changelog")
+    chunk = 10_000
+    for version in range(_VERSIONS):
+        for start in range(0, parameters.users, chunk):
+            numbers = range(start, min(start + chunk, parameters.users))
+            slab = np.frombuffer(random.bytes(len(numbers) * layout.row_bytes), layout.dtype)
+            for user, value in zip(numbers, layout.to_values(slab, np.arange(len(numbers))), strict=True):
+                producer.produce(topic, value, b"u:user-%d" % user, user % parameters.partitions)
+            producer.poll(0.2)
+            while len(producer) > 50_000:
+                producer.poll(0.1)
+        assert producer.flush(60) == 0, f"version {version} was not written"
+    return layout.row_bytes
+
+
+def _restore_round(config: Config) -> _Round:
+    """Consumes the changelog, then restores it."""
+    partitions = list(range(config.topics.partitions))
+    consumed_per_s, records = _consume_changelog(config, partitions)
+    pipeline = service.build_pipeline(config, service.served_model(config), config.topic_names)
+    pipeline.adapter.warm_up()
+    service.calm_collector()
+    before = _resident_bytes()
+    restorer = service.build_restorer(config, pipeline, "", Observers())
+    started = time.perf_counter()
+    # Without control rows the check after a restore would refuse; what is timed ends before it.
+    restorer.begin(dict.fromkeys(partitions, None))
+    unread = len(partitions)
+    while unread:
+        unread -= len(restorer.read(1.0))
+    seconds = time.perf_counter() - started
+    restorer.close()
+    gc.collect()
+    return _Round(records, len(pipeline.adapter.users), consumed_per_s, records / seconds, _resident_bytes() - before)
+
+
+def _consume_changelog(config: Config, partitions: list[int]) -> tuple[float, int]:
+    """Records/s of the restore's consumer that looks at nothing, and how many there are."""
+    reader = service.build_changelog_reader(config)
+    records, started = 0, time.perf_counter()
+    reader.begin(partitions)
+    while reader.tails:
+        records += sum(len(found) for found in reader.read(0.02).values())
+        reader.finish()
+    reader.close()
+    return records / (time.perf_counter() - started), records
+
+
+def _resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")

@@ -475,6 +475,13 @@ def bench() -> None:
     type=click.Choice(["diagonal", "full"]),
     help="Of the Kalman rule.",
 )
+@click.option(
+    "--users",
+    default="movielens-like",
+    show_default=True,
+    type=click.Choice(["unique", "movielens-like"]),
+    help="unique: every event has a user of its own, and so a row to write.",
+)
 @click.option("--bootstrap-servers", help="A broker of yours; an embedded Apache Kafka if not given.")
 @_json_option
 def bench_e2e(as_json: bool, **parameters: Any) -> None:
@@ -482,6 +489,23 @@ def bench_e2e(as_json: bool, **parameters: Any) -> None:
     from stream_adapt.bench import EndToEnd, end_to_end
 
     result = end_to_end(EndToEnd(**parameters), lambda line: click.echo(line, err=True))
+    _print(result, as_json)
+    if not as_json:
+        for name, value in msgspec.structs.asdict(result).items():
+            click.echo(f"{name:<20} {value}")
+
+
+@bench.command("restore")
+@click.option("--users", default=200_000, show_default=True, type=click.IntRange(min=1000), help="Rows to restore.")
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1), help="Rounds; medians are given.")
+@click.option("--partitions", default=4, show_default=True, type=click.IntRange(min=1), help="Of the changelog.")
+@click.option("--bootstrap-servers", help="A broker of yours; an embedded Apache Kafka if not given.")
+@_json_option
+def bench_restore(as_json: bool, **parameters: Any) -> None:
+    """Rows/s restored from a changelog with three versions of each, against merely consuming it, and their memory."""
+    from stream_adapt.bench import Restore, restore
+
+    result = restore(Restore(**parameters), lambda line: click.echo(line, err=True))
     _print(result, as_json)
     if not as_json:
         for name, value in msgspec.structs.asdict(result).items():

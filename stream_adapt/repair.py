@@ -23,7 +23,7 @@ from stream_adapt import service
 from stream_adapt.config import Config
 from stream_adapt.errors import ConfigError, KafkaRefused, StateMismatch
 from stream_adapt.kafka import properties
-from stream_adapt.kafka.changelog import ChangelogReader, log_offsets
+from stream_adapt.kafka.changelog import log_offsets
 from stream_adapt.kafka.errors import describe, kafka_error
 from stream_adapt.kafka.producer import OutputProducer, ProducerError
 from stream_adapt.record import NO_SOURCE, Outputs
@@ -230,9 +230,7 @@ def _set_offsets(admin: AdminClient, group: str, offsets: list[TopicPartition]) 
 def _read(config: Config, partitions: list[int]) -> dict[int, Stored]:
     """What the changelog holds, read to its end."""
     stored = {partition: Stored() for partition in partitions}
-    reader = ChangelogReader(
-        properties.changelog_reader(config), config.topic("changelog"), stall_s=config.state.restore_stall_s
-    )
+    reader = service.build_changelog_reader(config)
     try:
         reader.begin(partitions)
         left = len(partitions)

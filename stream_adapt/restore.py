@@ -136,15 +136,20 @@ class Restorer:
             StateMismatch: they do not belong there; says what to do.
             KafkaRefused: the changelog cannot be read.
         """
+        done = self.read(budget_s)
+        for partition in done:
+            self._finish(self._shards.pop(partition))
+        return done
+
+    def read(self, budget_s: float) -> list[int]:
+        """The first half of a step: takes rows in; returns the shards whose rows are all there, before any check."""
         started, records, refused = self._clock(), 0, Counter[str]()
         done: list[int] = []
-        while self._shards and not done and (left_s := started + budget_s - self._clock()) > 0:
+        while self._reader.tails and not done and (left_s := started + budget_s - self._clock()) > 0:
             for partition, found in self._reader.read(min(left_s, _READ_S)).items():
                 records += len(found)
                 refused += self._load(self._shards[partition], found)
             done = self._reader.finish()
-        for partition in done:
-            self._finish(self._shards.pop(partition))
         self._observe(Slice(self._remaining(), records, self._clock() - started, refused))
         self._report()
         return done

@@ -276,10 +276,14 @@ def build_restorer(config: Config, pipeline: Pipeline, topic_id: str, observer: 
         model_version=adapter.model.version,
         exactly_once=config.delivery == "exactly_once",
     )
-    reader = ChangelogReader(
-        properties.changelog_reader(config), config.topic_names.changelog, stall_s=config.state.restore_stall_s
+    return Restorer(build_changelog_reader(config), tables, expected, observer.restoring)
+
+
+def build_changelog_reader(config: Config) -> ChangelogReader:
+    """What reads the changelog."""
+    return ChangelogReader(
+        properties.changelog_reader(config), config.topic("changelog"), stall_s=config.state.restore_stall_s
     )
-    return Restorer(reader, tables, expected, observer.restoring)
 
 
 def _longest_row(pipeline: Pipeline) -> int:

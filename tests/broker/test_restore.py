@@ -78,7 +78,7 @@ class Member:
         def work() -> None:
             try:
                 self.serve()
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001 - told at the end
                 self.error = error
 
         thread = threading.Thread(target=work)
@@ -220,11 +220,9 @@ def test_a_restore_waits_for_a_transaction_that_is_open_in_the_changelog(learned
     upstream.produce(changelog(learned), newer, b"u:late", 0)
     upstream.flush(10)
     with Member(learned).running() as member:
-        until(lambda: sum(s.records for s in member.watch.slices) > 100)
-        remaining = [s.remaining for s in member.watch.slices][-1]
-        time.sleep(0.5)
+        until(lambda: [s.records for s in member.watch.slices[-3:]] == [0, 0, 0])
         assert member.watch.shards == set()
-        assert remaining == member.watch.slices[-1].remaining != {}
+        assert 0 < member.watch.slices[-1].remaining[0] <= 2
         upstream.commit_transaction(30)
         until(lambda: member.watch.shards == {0})
         assert member.pipeline is not None
@@ -276,7 +274,7 @@ def test_offsets_that_were_moved_are_refused_and_both_ways_to_accept_them_heal(l
         {"partition": 0, "rows_dropped": 0, "rows_at": [100, 40], "group_at": [40, 40]}
     ]
     Member(learned, stop_after=60).serve()
-    assert Counter(s["adaptations"] for s in learned.scores())[5] == 0 or len(learned.scores()) == 160
+    assert len(learned.scores()) == 160
 
 
 def test_a_run_with_rows_and_offsets_apart_exits_with_5(learned: App) -> None:
@@ -310,8 +308,8 @@ def test_nothing_is_changed_while_the_group_has_members_or_nobody_says_yes(learn
 
 
 def test_offsets_that_expired_are_refused_and_the_rows_know_them(learned: App) -> None:
-    futures = admin(learned).delete_consumer_groups([learned.name])
-    futures[learned.name].result()
+    client = admin(learned)
+    client.delete_consumer_groups([learned.name])[learned.name].result(30)
     with pytest.raises(StateMismatch, match=r"as of offset 100, but group .* has committed nothing"):
         Member(learned).serve()
     assert command(learned, "accept-offset", "--use", "rows", "--yes").exit_code == 0
@@ -351,8 +349,9 @@ def test_an_input_topic_that_was_made_anew_is_refused(learned: App) -> None:
 def test_a_committed_offset_before_the_log_start_is_refused(learned: App) -> None:
     move_group(learned, 0, 40)
     at = [TopicPartition(f"{learned.name}.events", 0, 70)]
-    for deleted in admin(learned).delete_records(at).values():
-        deleted.result()
+    client = admin(learned)
+    for deleted in client.delete_records(at).values():
+        deleted.result(30)
     with pytest.raises(KafkaRefused, match=r"committed offset 40, but the log begins at 70: 30 offsets are gone"):
         Member(learned).serve()
 
@@ -416,12 +415,11 @@ def test_at_least_once_keeps_rows_and_goes_on_from_the_offsets_when_the_rows_are
     move_group(learned, 0, 90)
     Member(learned, stop_after=10, delivery="at_least_once").serve()
     assert committed(learned) == {0: 100}
-    move_group(learned, 0, 100)
-    learned.produce([event(100)])
-    Member(learned, stop_after=1, delivery="at_least_once").serve()
-    assert command(learned, "accept-offset", "--use", "rows", "--yes").exit_code == 0
-    Member(learned, stop_after=None)
-    move_group(learned, 0, 101)
+    again = learned.scores()[-1]
+    assert (again["event_id"], again["adaptations"]) == ("e99", 4)
+    write(learned, 0, b"c:", ControlRow(0, 99, "", "").to_bytes())
+    with pytest.raises(StateMismatch, match="1 offsets would be learned not at all"):
+        Member(learned, delivery="at_least_once").serve()
 
 
 def test_a_rebalance_during_a_restore_cancels_it_and_every_event_has_one_score(make_app: Callable[..., App]) -> None:
