@@ -34,6 +34,7 @@ _TOPIC_MEANINGS = (
     "event v1, yours: what users do. Key: the user id.",
     "score v1, one for each event. Key: the event's.",
     "refused records, bytes unchanged, the reason in the headers. Key: the record's.",
+    "rows: the last version of each, and where their shard stands. Key: the kind of row and the id.",
 )
 _COMPUTED_DEFAULTS = {"app.instance": "the host's name"}
 
@@ -144,7 +145,11 @@ def _choices(field: FieldInfo) -> str:
 
 def topics() -> str:
     """The topics of an app."""
-    specs = zip(product_topics("APP", 1), ("`topics.partitions`", "`topics.partitions`", "1"), strict=True)
+    specs = zip(
+        product_topics("APP", 1),
+        ("`topics.partitions`", "`topics.partitions`", "1", "`topics.partitions`"),
+        strict=True,
+    )
     rows = (
         (f"`{spec.name.replace('APP', '<app>')}`", partitions, spec.config["cleanup.policy"], meaning)
         for (spec, partitions), meaning in zip(specs, _TOPIC_MEANINGS, strict=True)
