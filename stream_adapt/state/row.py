@@ -121,7 +121,7 @@ class Layout:
         size = _EXTRA_BYTES + self.row_bytes
         values = np.empty((len(slots), size), np.uint8)
         values[:, : _HEADER.size] = np.frombuffer(self._header, np.uint8)
-        values[:, _HEADER.size : -_CHECKSUM.size] = slab.view(np.uint8).reshape(len(slab), -1)[slots]
+        values[:, _HEADER.size : -_CHECKSUM.size] = slab.view(np.uint8).reshape(len(slab), self.row_bytes)[slots]
         flat = values.reshape(-1).data
         checked = size - _CHECKSUM.size
         checksums = [zlib.crc32(flat[at : at + checked]) for at in range(0, len(flat), size)]
