@@ -25,7 +25,7 @@ from stream_adapt.errors import Fenced, KafkaRefused
 from stream_adapt.kafka.consumer import generation
 from stream_adapt.kafka.errors import describe, kafka_error
 from stream_adapt.kafka.producer import Abort, FencedOff, Lost, OutputProducer, ProducerError, Undeliverable
-from stream_adapt.record import Outputs, Source
+from stream_adapt.record import NO_SOURCE, Outputs, Source
 
 log = structlog.get_logger(__name__)
 
@@ -65,8 +65,18 @@ class _Refusals:
         self.undeliverable: dict[Source, int] = {}
 
     def note(self, error: Undeliverable, producer: OutputProducer) -> None:
-        """Counts a refusal; where its source is not known yet, the next try finds it."""
+        """Counts a refusal; where its source is not known yet, the next try finds it.
+
+        Raises:
+            KafkaRefused: it is a row that does not fit into the changelog: no dead letter can take its place.
+        """
         producer.careful = True
+        rows = sorted(partition for partition, offset in error.sources if offset == NO_SOURCE)
+        if rows:
+            raise KafkaRefused(
+                f"the changelog does not take a row of partition {rows[0]}: {error}. To do: raise max.message.bytes of "
+                "the changelog, and message.max.bytes under kafka.producer"
+            )
         for source in error.sources:
             self.undeliverable[source] = self.undeliverable.get(source, 0) + 1
         log.warning("outputs refused for good", sources=sorted(error.sources), error=str(error))

@@ -120,7 +120,8 @@ class Restorer:
         for partition, offset in committed.items():
             self._shards[partition] = Shard(partition, offset, now)
         self._reader.begin(committed)
-        log.info("restoring", changelog=self._reader.topic, records=self._remaining())
+        self._observe(Slice(self._remaining(), 0, 0.0, {}))
+        log.info("restoring", changelog=self._reader.topic, remaining=self._remaining())
 
     def cancel(self, partitions: Collection[int]) -> None:
         """These were taken away."""

@@ -11,6 +11,8 @@ _QUEUE_MESSAGES = 1_000_000
 _QUEUE_KBYTES = 1_048_576
 #: Records fetched ahead, so that the next batch is there when the last one is committed.
 _PREFETCH_KBYTES = 65_536
+#: The same for a restore: it is memory that a member starts with, and a restore waits for decoding, not for fetching.
+_RESTORE_PREFETCH_KBYTES = 16_384
 #: A request without an answer may be sent again after this; librdkafka wants it below transaction.timeout.ms.
 SOCKET_TIMEOUT_MS = 10_000
 
@@ -65,7 +67,7 @@ def producer(config: Config) -> dict[str, Scalar]:
 def changelog_reader(config: Config) -> dict[str, Scalar]:
     """The restore's. It joins no group; the id is there because the client wants one, and the principal may use it."""
     return {
-        "queued.max.messages.kbytes": _PREFETCH_KBYTES,
+        "queued.max.messages.kbytes": _RESTORE_PREFETCH_KBYTES,
         "fetch.queue.backoff.ms": 10,
         **common(config),
         **{k: v for k, v in resolve_secrets(config.kafka.consumer).items() if not k.startswith("group.")},

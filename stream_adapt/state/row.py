@@ -30,6 +30,8 @@ _HEADER = struct.Struct("<HBBI")
 _CHECKSUM = struct.Struct("<I")
 #: Bytes of a value beside the row's.
 _EXTRA_BYTES = _HEADER.size + _CHECKSUM.size
+#: Rows that become values together: they stay in the processor's cache.
+_BLOCK = 256
 #: The CRC-32 of anything that ends with its own CRC-32, little-endian: a value is checked in one call, uncut.
 _RESIDUE = 0x2144DF1C
 
@@ -118,16 +120,22 @@ class Layout:
 
     def to_values(self, slab: npt.NDArray[Any], slots: npt.NDArray[np.int64]) -> list[bytes]:
         """Rows at m slots of a slab → m values, as `to_bytes` makes them."""
-        size = _EXTRA_BYTES + self.row_bytes
-        values = np.empty((len(slots), size), np.uint8)
-        values[:, : _HEADER.size] = np.frombuffer(self._header, np.uint8)
-        values[:, _HEADER.size : -_CHECKSUM.size] = slab.view(np.uint8).reshape(len(slab), -1)[slots]
-        flat = values.reshape(-1).data
-        checked = size - _CHECKSUM.size
-        checksums = [zlib.crc32(flat[at : at + checked]) for at in range(0, len(flat), size)]
-        values[:, -_CHECKSUM.size :] = np.array(checksums, "<u4").view(np.uint8).reshape(-1, _CHECKSUM.size)
-        joined = values.tobytes()
-        return [joined[at : at + size] for at in range(0, len(joined), size)]
+        size, head = _EXTRA_BYTES + self.row_bytes, _HEADER.size
+        rows = slab.view(np.uint8).reshape(len(slab), self.row_bytes)
+        block = np.empty((_BLOCK, size), np.uint8)
+        block[:, :head] = np.frombuffer(self._header, np.uint8)
+        flat = block.reshape(-1).data
+        starts = range(0, len(flat), size)
+        values: list[bytes] = []
+        for first in range(0, len(slots), _BLOCK):
+            part = slots[first : first + _BLOCK]
+            count, checked = len(part), size - _CHECKSUM.size
+            block[:count, head:checked] = rows.take(part, axis=0)
+            checksums = [zlib.crc32(flat[at : at + checked]) for at in starts[:count]]
+            block[:count, checked:] = np.array(checksums, "<u4").view(np.uint8).reshape(count, -1)
+            joined = flat.tobytes()
+            values += [joined[at : at + size] for at in starts[:count]]
+        return values
 
     def from_values(self, values: Sequence[bytes]) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
         """Values → rows `[m]`, and which of them are intact and of this layout; `from_bytes` says what others are."""

@@ -378,13 +378,14 @@ def test_damaged_records_are_counted_and_the_last_good_version_stands(learned: A
     write(learned, 0, b"u:user-2", good[:-5])
     write(learned, 0, b"i:user-1", good)
     write(learned, 0, b"nothing", b"of ours")
-    learned.produce([event(100)])
-    member = Member(learned, stop_after=1).serve()
-    assert {"checksum": 2, "kind": 1, "key": 1} == dict(member.refused)
-    assert member.pipeline is not None
-    users = member.pipeline.adapter.users
-    slot = users.find(0, "user-1")
-    assert good == users.layout.to_bytes(users.rows[slot])
+    with Member(learned).running() as member:
+        until(lambda: member.watch.shards == {0})
+        assert {"checksum": 2, "kind": 1, "key": 1} == dict(member.refused)
+        assert member.pipeline is not None
+        users = member.pipeline.adapter.users
+        slot = users.find(0, "user-1")
+        assert slot is not None
+        assert good == users.layout.to_bytes(users.rows[slot])
 
 
 def test_rows_of_a_newer_release_are_refused_until_a_later_record_replaces_them(learned: App) -> None:

@@ -34,7 +34,7 @@ _TOPIC_MEANINGS = (
     "event v1, yours: what users do. Key: the user id.",
     "score v1, one for each event; receipt v1, one for each erasure. Key: the user id.",
     "refused records, bytes unchanged, the reason in the headers. Key: the record's.",
-    "rows that changed, tombstones and control rows, in the partition of their shard. Key: kind and id.",
+    "rows: the last version of each, and where their shard stands. Key: the kind of row and the id.",
 )
 _COMPUTED_DEFAULTS = {"app.instance": "the host's name"}
 

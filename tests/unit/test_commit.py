@@ -10,7 +10,7 @@ import pytest
 from stream_adapt.commit import AtLeastOnce, ExactlyOnce, Outcome
 from stream_adapt.errors import Fenced, KafkaRefused
 from stream_adapt.kafka.producer import Abort, FencedOff, Lost, ProducerError, Undeliverable
-from stream_adapt.record import Outputs
+from stream_adapt.record import NO_SOURCE, Outputs
 
 Script = dict[str, ProducerError]
 OFFSETS = {0: 10, 1: 20}
@@ -191,6 +191,13 @@ def test_an_undeliverable_output_is_sought_with_care_and_then_named() -> None:
     assert delivery.undeliverable == {(0, 9): 1}
     assert _commit(delivery) is Outcome.COMMITTED
     assert (delivery.undeliverable, producers[-1].careful) == ({}, False)
+
+
+def test_a_row_that_the_changelog_refuses_for_good_ends_the_loop_with_what_to_do() -> None:
+    row = Undeliverable("too large", frozenset({(3, NO_SOURCE)}))
+    delivery, _ = _delivery(ScriptedGroup(), {"commit": row})
+    with pytest.raises(KafkaRefused, match=r"a row of partition 3: too large.*max\.message\.bytes"):
+        _commit(delivery)
 
 
 def test_no_producer_at_all_says_what_to_do() -> None:

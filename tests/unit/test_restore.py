@@ -1,0 +1,219 @@
+"""Rows to changelog records and back, without Kafka: in bulk, with damage, and only where they belong."""
+
+from __future__ import annotations
+
+import zlib
+from collections import Counter
+from collections.abc import Collection
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from stream_adapt.errors import StateMismatch
+from stream_adapt.kafka.changelog import Records, Tail
+from stream_adapt.record import TopicNames
+from stream_adapt.restore import Expected, Restorer, Slice
+from stream_adapt.state.row import CONTROL_KEY, ControlRow, Field, Kind, Layout, NewerFormat, OtherLayout, RowError
+from stream_adapt.state.table import Table
+
+USER = Layout(Kind.USER, (Field("count", "<i8", (), "events"), Field("w", "<f4", (3,), "weights")))
+ITEM = Layout(Kind.ITEM, (Field("c", "<f4", (2,), "bias"),))
+ITEM_ZERO = ITEM.to_bytes(np.zeros((), ITEM.dtype))
+EXPECTED = Expected(TopicNames.of("shop"), "shop", "topic-1", "v1", exactly_once=True)
+
+
+def user(count: int) -> bytes:
+    row = np.zeros((), USER.dtype)
+    row["count"], row["w"] = count, (1, 2, count)
+    return USER.to_bytes(row)
+
+
+def control(next_offset: int, **changes: Any) -> bytes:
+    return ControlRow(
+        **{"partition": 0, "model_version": "v1", "topic_id": "topic-1"} | changes, next_offset=next_offset
+    ).to_bytes()
+
+
+def damaged(value: bytes) -> bytes:
+    return value[:-6] + bytes([value[-6] ^ 1]) + value[-5:]
+
+
+def newer(value: bytes) -> bytes:
+    content = (9).to_bytes(2, "little") + value[2:-4]
+    return content + zlib.crc32(content).to_bytes(4, "little")
+
+
+@dataclass
+class Log:
+    """A changelog with one partition, read a few records at a time."""
+
+    records: list[tuple[bytes | None, bytes | None]]
+    chunk: int = 1_000
+    topic: str = "shop.changelog"
+    tails: dict[int, Tail] = field(default_factory=dict)
+
+    def begin(self, partitions: Collection[int]) -> None:
+        self.tails = {0: Tail(0, len(self.records), 0, 0.0)}
+
+    def read(self, _timeout_s: float) -> dict[int, Records]:
+        at = self.tails[0].position
+        found = self.records[at : at + self.chunk]
+        self.tails[0].position += len(found)
+        return {0: Records([k for k, _ in found], [v for _, v in found], [*range(at, at + len(found))])}
+
+    def finish(self) -> list[int]:
+        done = [p for p, tail in self.tails.items() if tail.is_read]
+        self.cancel(done)
+        return done
+
+    def cancel(self, partitions: Collection[int]) -> None:
+        self.tails = {p: tail for p, tail in self.tails.items() if p not in partitions}
+
+    def close(self) -> None: ...
+
+
+def restored(
+    records: list[tuple[bytes | None, bytes | None]],
+    committed: int | None = 7,
+    chunk: int = 1_000,
+    expected: Expected = EXPECTED,
+) -> tuple[dict[str, int], Counter[str]]:
+    """Users' counts after a restore, and what was refused."""
+    tables = {layout.kind: Table(layout, lambda *_: None) for layout in (USER, ITEM)}
+    slices: list[Slice] = []
+    restorer = Restorer(Log(records, chunk), tables, expected, slices.append)
+    restorer.begin({0: committed})
+    while restorer.unfinished:
+        restorer.step(1.0)
+    users = tables[Kind.USER]
+    counts = {row_id: int(users.rows[slot]["count"]) for row_id, slot in users.items(0)}
+    return counts, sum((Counter(s.refused) for s in slices), Counter())
+
+
+@given(st.lists(st.binary(min_size=24, max_size=24), max_size=20), st.data())
+def test_values_made_in_bulk_are_those_made_one_by_one(rows: list[bytes], data: st.DataObject) -> None:
+    assert USER.row_bytes == 24
+    slab = np.frombuffer(b"".join(rows), USER.dtype) if rows else np.zeros(0, USER.dtype)
+    slots = np.array(data.draw(st.permutations(range(len(rows)))), dtype=np.int64)
+    values = USER.to_values(slab, slots)
+    assert [USER.to_bytes(slab[slot]) for slot in slots] == values
+    found, intact = USER.from_values(values)
+    assert intact.all()
+    assert slab[slots].tobytes() == found.tobytes()
+
+
+@given(st.integers(0, 10**6), st.integers(0, 35), st.integers(1, 255))
+def test_no_changed_byte_goes_unnoticed(count: int, at: int, change: int) -> None:
+    value = bytearray(user(count))
+    value[at] ^= change
+    assert not USER.from_values([bytes(value)])[1].any()
+    with pytest.raises(RowError):
+        USER.from_bytes(bytes(value))
+
+
+def test_a_value_ends_with_the_crc_32_of_the_rest() -> None:
+    value = user(3)
+    assert zlib.crc32(value[:-4]).to_bytes(4, "little") == value[-4:]
+
+
+def test_layouts_with_other_names_types_or_shapes_have_other_fingerprints() -> None:
+    others = [
+        Layout(Kind.ITEM, USER.fields),
+        Layout(Kind.USER, (Field("number", "<i8", (), ""), USER.fields[1])),
+        Layout(Kind.USER, (Field("count", "<u8", (), ""), USER.fields[1])),
+        Layout(Kind.USER, (USER.fields[0], Field("w", "<f4", (4,), ""))),
+    ]
+    assert len({layout.fingerprint for layout in (USER, *others)}) == 5
+    for other in others[1:]:
+        with pytest.raises(OtherLayout, match="the model that is served has"):
+            other.from_bytes(user(1))
+
+
+def test_a_newer_format_is_told_from_damage() -> None:
+    with pytest.raises(NewerFormat, match="row format 9, this release reads up to 1: upgrade"):
+        USER.from_bytes(newer(user(1)))
+    with pytest.raises(RowError, match="checksum"):
+        USER.from_bytes(damaged(newer(user(1))))
+
+
+def test_fields_that_a_later_release_adds_to_the_control_row_are_skipped() -> None:
+    row = ControlRow(3, 70, "v1", "topic-1", 5, {"user": 9})
+    assert row == ControlRow.from_bytes(row.to_bytes())
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 3, 1_000])
+def test_the_newest_version_of_a_row_counts_wherever_reads_are_cut(chunk: int) -> None:
+    records = [
+        (b"u:ann", user(1)), (b"u:bob", user(5)), (b"u:ann", user(2)), (CONTROL_KEY, control(4)),
+        (b"u:bob", None), (b"u:cid", user(6)), (b"u:cid", None), (b"u:cid", user(7)), (b"i:x", ITEM_ZERO),
+        (CONTROL_KEY, control(7)),
+    ]  # fmt: skip
+    assert ({"ann": 2, "cid": 7}, Counter()) == restored(records, chunk=chunk)
+
+
+@pytest.mark.parametrize("chunk", [1, 2, 1_000])
+def test_damaged_versions_are_left_out_and_counted(chunk: int) -> None:
+    records: list[tuple[bytes | None, bytes | None]] = [
+        (b"u:ann", user(1)), (b"u:ann", damaged(user(2))), (b"u:bob", damaged(user(3))), (b"u:cid", user(4)),
+        (b"u:cid", b"short"), (b"u:dan", ITEM_ZERO), (b"u:\xff", user(1)),
+        (None, user(1)), (b"zzz", b""), (b"u:eve", user(8)), (b"u:eve", None), (b"u:eve", damaged(user(9))),
+        (CONTROL_KEY, control(7)),
+    ]  # fmt: skip
+    counts, refused = restored(records, chunk=chunk)
+    assert {"ann": 1, "cid": 4} == counts
+    assert {"checksum": 3, "length": 1, "kind": 1, "key": 3} == dict(refused)
+
+
+@pytest.mark.parametrize("chunk", [1, 1_000])
+def test_rows_that_cannot_be_read_are_no_matter_once_they_are_replaced(chunk: int) -> None:
+    other = Layout(Kind.USER, (Field("count", "<i8", (), ""),)).to_bytes(np.zeros((), [("count", "<i8")]))
+    replaced = [(b"u:ann", other), (b"u:bob", newer(user(1))), (b"u:ann", user(1)), (b"u:bob", None)]
+    assert {"ann": 1} == restored([*replaced, (CONTROL_KEY, control(7))], chunk=chunk)[0]
+    with pytest.raises(StateMismatch, match="is of another model"):
+        restored([*replaced, (b"u:cid", other), (CONTROL_KEY, control(7))], chunk=chunk)
+    with pytest.raises(StateMismatch, match="run the release that wrote it"):
+        restored([*replaced, (b"u:cid", newer(user(1))), (CONTROL_KEY, control(7))], chunk=chunk)
+
+
+@pytest.mark.parametrize(
+    ("records", "committed", "message"),
+    [
+        ([(CONTROL_KEY, control(7))], 9, "2 offsets would be learned not at all"),
+        ([(CONTROL_KEY, control(7))], 4, "3 offsets would be learned twice"),
+        ([(CONTROL_KEY, control(7))], None, "has committed nothing"),
+        ([(b"u:ann", user(1))], None, "1 rows, there is no control row"),
+        ([], 4, "there is no control row"),
+        ([(CONTROL_KEY, control(7, topic_id="topic-0"))], 7, "deleted and made anew"),
+        ([(CONTROL_KEY, control(7, topic_id="topic-0"))], None, "deleted and made anew"),
+    ],
+)
+def test_rows_that_do_not_belong_to_the_offsets_are_refused_with_remedies(
+    records: list[tuple[bytes | None, bytes | None]], committed: int | None, message: str
+) -> None:
+    with pytest.raises(StateMismatch, match=message) as raised:
+        restored(records, committed)
+    assert "state reset -c FILE --partition 0" in str(raised.value)
+    assert raised.value.exit_code == 5
+
+
+def test_a_fresh_shard_has_nothing_and_needs_nothing() -> None:
+    assert ({}, Counter()) == restored([], None)
+
+
+def test_rows_may_be_ahead_of_the_offsets_at_least_once_but_not_behind() -> None:
+    expected = Expected(TopicNames.of("shop"), "shop", "topic-1", "v1", exactly_once=False)
+    assert {"ann": 1} == restored([(b"u:ann", user(1)), (CONTROL_KEY, control(7))], 5, expected=expected)[0]
+    with pytest.raises(StateMismatch, match="not at all"):
+        restored([(CONTROL_KEY, control(7))], 8, expected=expected)
+
+
+def test_a_cancelled_restore_is_forgotten() -> None:
+    log = Log([(b"u:ann", user(1))])
+    restorer = Restorer(log, {Kind.USER: Table(USER, lambda *_: None)}, EXPECTED)
+    restorer.begin({0: None})
+    restorer.cancel([0])
+    assert (list(restorer.unfinished), log.tails, restorer.step(1.0)) == ([], {}, [])
