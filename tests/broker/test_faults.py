@@ -66,6 +66,11 @@ def once(count: int) -> Counter[str]:
     return Counter(f"e{n}" for n in range(count))
 
 
+def _has_partitions(log: str) -> bool:
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", log)
+    return re.search(r"partitions assigned +partitions=\[\d", plain) is not None
+
+
 @dataclass
 class Stream:
     """An application whose members reach the broker through the proxy, and what has been sent to it."""
@@ -95,8 +100,7 @@ class Stream:
     def running(self, members: int) -> None:
         """Waits until so many members have partitions."""
         deadline = time.monotonic() + WAIT_S
-        assigned = re.compile(r"partitions assigned\S*\s+\S*partitions\S*=\S*\[\d")
-        while sum(bool(assigned.search(path.read_text())) for path in self.app.folder.glob("*.log")) < members:
+        while sum(_has_partitions(path.read_text()) for path in self.app.folder.glob("*.log")) < members:
             assert time.monotonic() < deadline, self.app.log()[-3000:]
             time.sleep(0.1)
 
