@@ -22,8 +22,7 @@ import msgspec
 import numpy as np
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 from rich.console import Group
-from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 from rich.text import Text
 
 from stream_adapt.config import Config
@@ -274,17 +273,16 @@ def _listed(letter: Letter) -> Listed:
 
 def table(listing: Listing) -> Group:
     """The listing for a terminal."""
-    shown = Table("offset", "time", "reason", "source", "bytes", "key", "payload and what was wrong")
+    shown = Table(Column("offset", no_wrap=True), Column("reason, time (UTC)", no_wrap=True), show_lines=True)
+    shown.add_column("source", overflow="fold", min_width=16)
+    shown.add_column("key, bytes, payload; what was wrong", overflow="fold")
     for one in listing.letters:
-        flags = [*(["cut"] if one.truncated else []), *([f"replayed {one.replays}×"] if one.replays else [])]
+        flags = [*(["payload cut"] if one.truncated else []), *([f"replayed {one.replays}×"] if one.replays else [])]
         shown.add_row(
             f"{one.partition}:{one.offset}",
-            one.time,
-            "\n".join([one.reason, *flags]),
-            f"{escape(one.source_topic)}[{one.source_partition}]@{one.source_offset}",
-            f"{one.bytes:,}",
-            escape(one.key),
-            f"{escape(one.excerpt)}\n[dim]{escape(one.detail)}[/dim]",
+            "\n".join([one.reason, one.time[:19].replace("T", " "), *flags]),
+            Text(f"{one.source_topic}[{one.source_partition}]@{one.source_offset}"),
+            Text(f"{one.key}, {one.bytes:,} bytes\n{one.excerpt}\n{one.detail}"),
         )
     reasons = ", ".join(f"{reason} {count:,}" for reason, count in listing.reasons.items())
     return Group(
@@ -295,9 +293,9 @@ def table(listing: Listing) -> Group:
 def tell(plan: Replay, line: Callable[[str], None]) -> None:
     """What a replay is about to do, line by line; those that cannot be replayed by name."""
     reasons = ", ".join(f"{printable(reason)} {count:,}" for reason, count in plan.reasons.items())
-    line(f"{plan.selected:,} dead letters to replay to {plan.topic}{f' ({reasons})' if reasons else ''}")
+    line(f"to replay to {plan.topic}: {plan.selected:,}{f' ({reasons})' if reasons else ''}")
     if plan.done_before:
-        line(f"{plan.done_before:,} were replayed before and are left out (--from-beginning takes them, too)")
+        line(f"replayed before, left out: {plan.done_before:,} (--from-beginning takes them, too)")
     for name in plan.refused:
         line(f"cannot be replayed: {name}")
 

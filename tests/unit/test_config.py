@@ -11,6 +11,8 @@ import yaml
 from stream_adapt.config import OWNED_PROPERTIES, Config, Loaded, effective, load, resolve_secrets
 from stream_adapt.errors import ConfigError
 from stream_adapt.kafka import properties
+from stream_adapt.record import Flag
+from stream_adapt.service import screen_of
 
 CANARY = "canary-4711"
 
@@ -282,3 +284,24 @@ def test_no_message_repeats_a_secret(write: Any, content: str) -> None:
 @pytest.mark.parametrize("text", [f"{{sasl.password: {CANARY}}}", CANARY, f"[{CANARY}", f"{{a: *{CANARY}}}"])
 def test_no_message_repeats_a_secret_of_the_environment(text: str) -> None:
     assert CANARY not in refusal(None, {"STREAM_ADAPT_KAFKA_PROPERTIES": text})
+
+
+def test_a_member_keeps_its_state_in_a_folder_of_its_own_unless_told_where() -> None:
+    default = load(None, {}, app__name="films", app__instance="films-0").config
+    assert Path("var/films.films-0") == default.state_dir
+    assert Path("elsewhere") == load(None, {"STREAM_ADAPT_STATE_DIR": "elsewhere"}).config.state_dir
+
+
+@pytest.mark.parametrize(
+    ("keys", "late_after_ms", "barred"),
+    [
+        ({}, 0, 0),
+        ({"input__deduplicate": True}, 0, int(Flag.DUPLICATE)),
+        ({"input__late": "score_only", "input__late_after_s": 1.5}, 1500, int(Flag.LATE)),
+        ({"input__late": "dead_letter", "input__deduplicate": True}, 0, int(Flag.LATE | Flag.DUPLICATE)),
+    ],
+)
+def test_what_teaches_nothing_is_what_the_input_section_says(
+    keys: dict[str, Any], late_after_ms: int, barred: int
+) -> None:
+    assert (late_after_ms, barred) == screen_of(load(None, {}, **keys).config)

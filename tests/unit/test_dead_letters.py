@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
+import io
 from datetime import UTC, datetime
 
 import pytest
 from confluent_kafka import TopicPartition
 from hypothesis import given
 from hypothesis import strategies as st
+from rich.console import Console
 
-from stream_adapt.dead_letters import Filter, Letter, Memory, _Left, printable, since_ms, source_of
+from stream_adapt.dead_letters import (
+    Filter,
+    Letter,
+    Listed,
+    Listing,
+    Memory,
+    _Left,
+    printable,
+    since_ms,
+    source_of,
+    table,
+)
 from stream_adapt.errors import ConfigError
 
 NOW = datetime(2026, 1, 31, 12, tzinfo=UTC)
@@ -105,3 +118,15 @@ def test_filters_let_through_what_they_name() -> None:
     assert letters[2:] == [one for one in letters if Filter(["late"], [source_of("1:2")])(one)]
     with pytest.raises(ConfigError, match="no such reason"):
         Filter(["lat"])
+
+
+def test_the_table_shows_whole_coordinates_and_takes_no_markup_from_records() -> None:
+    time = "2026-01-31T12:00:00.123+00:00"
+    one = Listed(0, 7, time, "late", "[b]why", "app.events", 3, 4711, "[red]k", 5, "[x]", True, 2)
+    console = Console(width=80, file=io.StringIO())
+    console.print(table(Listing("app.dead-letters", 9, {"late": 9}, [one])))
+    text = console.file.getvalue()  # type: ignore[attr-defined]
+    for part in ("0:7", "2026-01-31 12:00:00", "app.events[3]@47", "[red]k, 5 bytes", "[b]why", "payload cut"):
+        assert part in text
+    assert "replayed 2×" in text
+    assert "1 of 9 in app.dead-letters: late 9" in text
