@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Mapping
 from types import TracebackType
 from typing import Self
 
 from stream_adapt.chaos.members import Troubles
 from stream_adapt.chaos.schedule import Timeouts
 from stream_adapt.errors import KafkaRefused
-from stream_adapt.kafka.embedded import EmbeddedKafka
+from stream_adapt.kafka.embedded import HOST, EmbeddedKafka, free_ports
+from stream_adapt.testing.proxy import FaultProxy
 
 #: Members may ask for sessions down to this.
 _LEAST_SESSION_MS = 1_000
@@ -35,15 +35,26 @@ def properties(timeouts: Timeouts) -> dict[str, str]:
 class Broker:
     """An embedded Kafka that can be restarted while others go on. What goes wrong with it is raised by `settle`."""
 
-    def __init__(self, timeouts: Timeouts, troubles: Troubles, more: Mapping[str, str] | None = None) -> None:
-        self.kafka = EmbeddedKafka(properties={**properties(timeouts), **(more or {})})
+    def __init__(self, timeouts: Timeouts, troubles: Troubles) -> None:
         self.restarts = 0
         self._troubles = troubles
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        (port,) = free_ports(1)
+        self.proxy = FaultProxy(HOST, port)
+        behind = {
+            "listeners": f"PROXY://{HOST}:{port}",
+            "advertised.listeners": f"PROXY://{self.proxy.address}",
+            "listener.security.protocol.map": "PROXY:PLAINTEXT",
+        }
+        self.kafka = EmbeddedKafka(properties={**properties(timeouts), **behind})
 
     def __enter__(self) -> Self:
-        self.kafka.start()
+        try:
+            self.kafka.start()
+        except BaseException:
+            self.proxy.close()
+            raise
         return self
 
     def __exit__(
@@ -52,9 +63,11 @@ class Broker:
         if self._thread is not None:
             self._thread.join()
         self.kafka.stop()
+        self.proxy.close()
 
     @property
     def address(self) -> str:
+        """For all but the members: past the proxy."""
         return self.kafka.bootstrap_servers
 
     def restart(self, *, kill: bool) -> bool:

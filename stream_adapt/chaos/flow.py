@@ -19,21 +19,21 @@ from types import FrameType
 from typing import Literal
 
 import yaml
+from confluent_kafka import Message
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from stream_adapt import config
+from stream_adapt import config, service
 from stream_adapt.chaos import load, oracle
 from stream_adapt.chaos.broker import Broker
 from stream_adapt.chaos.load import Load
 from stream_adapt.chaos.members import Team
+from stream_adapt.chaos.network import Network, kinds
 from stream_adapt.chaos.report import ChaosResult
 from stream_adapt.chaos.schedule import Action, Timeouts, draw, member_name
 from stream_adapt.chaos.watch import Watch, percentile, takeovers_s
-from stream_adapt.config import Config
 from stream_adapt.errors import ConfigError, KafkaRefused, StreamAdaptError
-from stream_adapt.kafka import properties
 from stream_adapt.kafka.topics import create_topics
 
 APP = "chaos"
@@ -119,7 +119,8 @@ class _Run:
         self._team = Team(folder, _environment(), windows)
 
     def run(self) -> ChaosResult:
-        schedule = draw(self._options.seed, self._options.minutes * 60, self._options.members, self._timeouts)
+        options, faults = self._options, kinds(self._timeouts)
+        schedule = draw(options.seed, options.minutes * 60, options.members, self._timeouts, faults)
         self._settle()
         with Live(console=self._console, refresh_per_second=4, transient=True) as self._live:
             self._start()
@@ -137,7 +138,9 @@ class _Run:
             self._broker = self._stack.enter_context(Broker(self._timeouts, self._team.troubles))
         self._model = self._make_model()
         self._settings = config.load(self._configure(member_name(0)), _environment()).config
-        for outcome in create_topics(properties.common(self._settings), _topic_specs(self._settings)):
+        self._network = Network(self._broker.proxy, lambda name: f"{APP}.{name}", self._team.troubles)
+        admin = {"bootstrap.servers": self._broker.address}
+        for outcome in create_topics(admin, service.topic_specs(self._settings)):
             if not outcome.ok:
                 raise KafkaRefused(str(outcome))
 
@@ -156,7 +159,7 @@ class _Run:
         sections = {
             "app": {"name": APP, "instance": instance},
             "kafka": {
-                "bootstrap_servers": self._broker.address,
+                "bootstrap_servers": self._broker.proxy.address,
                 "group_protocol": self._options.protocol,
                 "session_timeout_ms": int(self._timeouts.session_s * 1000),
                 "transaction_timeout_ms": int(self._timeouts.transaction_s * 1000),
@@ -212,7 +215,8 @@ class _Run:
             case "broker_stop" | "broker_kill":
                 return self._broker.restart(kill=action.kind == "broker_kill")
             case "fault":
-                raise NotImplementedError
+                self._network.inject(action.fault, name, action.for_s)
+                return True
 
     def _hit(self, done: bool) -> bool:
         if done:
@@ -223,6 +227,7 @@ class _Run:
         """Nobody is stopped, the broker is up, and every partition has commits again, while events still flow."""
         self._broker.settle()
         self._team.settle()
+        self._network.settle()
         self._wait_for_commits(self._watch.committed, _RECOVER_TIMEOUT_S, "partitions without a commit again")
 
     def _wait_for_commits(self, before: dict[int, int], timeout_s: float, problem: str) -> None:
@@ -250,10 +255,12 @@ class _Run:
             if time.monotonic() - began > _DRAIN_TIMEOUT_S:
                 break
         self._team.wait_gone()
+        self._committed = self._watch.latest()
         return time.monotonic() - began
 
     def _turn(self, doing: str = "", seconds: float = _TURN_S) -> None:
         self._team.tend()
+        self._network.tend()
         self._live.update(self._line(doing), refresh=False)
         time.sleep(seconds)
 
@@ -309,13 +316,22 @@ class _Run:
             *oracle.compare_load(self._inputs, self._load.acked, self._load.unknown),
             *self._team.faults(),
         ]
+        self._compare_rows(result, scores)
         return result
 
-
-def _topic_specs(settings: Config):  # type: ignore[no-untyped-def]
-    from stream_adapt.service import topic_specs
-
-    return topic_specs(settings)
+    def _compare_rows(self, result: ChaosResult, scores: list[Message]) -> None:
+        """Rows and scores against those of a calm run."""
+        with self._console.status("a calm run over the same records"):
+            settings = self._settings
+            pipeline = service.build_pipeline(settings, service.served_model(settings), settings.topic_names)
+            calm = oracle.calm_run(pipeline, self._inputs)
+            changelog = oracle.latest_rows(oracle.read_topic(self._broker.address, settings.topic_names.changelog))
+        rows = oracle.compare_rows(calm.rows, changelog, calm.layouts)
+        result.rows_compared, result.rows_different = rows.compared, rows.different
+        result.max_row_error = rows.max_error
+        result.scores_compared = len(calm.scores)
+        result.scores_different, different = oracle.compare_scores(calm.scores, scores)
+        result.faults += [*rows.first, *different, *oracle.compare_controls(changelog, self._committed)]
 
 
 def _environment() -> dict[str, str]:

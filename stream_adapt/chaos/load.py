@@ -242,5 +242,6 @@ class Load:
             "enable.idempotence": True,
             "linger.ms": 5,
             "partitioner": "murmur2_random",
+            "log_level": 0,  # of a broker that goes away there is nothing new to tell
             **more,
         }

@@ -2,13 +2,15 @@
 
 What an end says:
 
-| exit code | when it is as it should be |
-|-----------|-----------------------------|
-| -9        | we killed it |
-| 0         | we told it to leave |
-| -15       | we told it to leave before it could listen: it was still being imported |
-| 3         | the broker was away, or the connection to it cut, shortly before: nothing was lost, the supervisor tries again |
-| 4         | fenced twice in a short time: it was stopped past the transaction's timeout, or its commits were held up, so that the coordinator took its transactional.id away; it cannot tell this from a second instance, and steps back |
+| exit code | is as it should be when                                                                        |
+|-----------|------------------------------------------------------------------------------------------------|
+| -9        | we killed it                                                                                   |
+| 0         | we told it to leave                                                                            |
+| -15       | we told it to leave before it could listen: it was still being imported                        |
+| 3         | the broker was away, or the connection cut, shortly before: nothing was lost, try again        |
+| 4         | it may have been fenced more than once in a short time: stopped past the transaction's timeout |
+|           | or with commits held up, it loses its transactional.id to the coordinator, and cannot tell     |
+|           | this from a second instance                                                                    |
 
 Everything else, and a traceback in a log, is a failure.
 """
@@ -84,7 +86,7 @@ def judge(code: int, *, told: int | None, age_s: float, away: bool, fencings: in
         return True, "left while it was starting"
     if code == KafkaRefused.exit_code and away:
         return True, "the broker was away"
-    if code == Fenced.exit_code and fencings > 0:
+    if code == Fenced.exit_code and fencings > 1:
         return True, "fenced"
     return False, f"ended by itself with exit code {code}" if told is None else f"{signal.Signals(told).name} → {code}"
 

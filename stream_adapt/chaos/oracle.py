@@ -22,13 +22,13 @@ from typing import Any, NamedTuple
 import msgspec
 import numpy as np
 from confluent_kafka import Consumer, IsolationLevel, KafkaError, KafkaException, Message, TopicPartition
-from confluent_kafka.admin import AdminClient, OffsetSpec
+from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-defined]
 
 from stream_adapt.chaos.load import ID_HEADER, REASON_HEADER
 from stream_adapt.errors import KafkaRefused
 from stream_adapt.pipeline import Pipeline
 from stream_adapt.record import RawBatch, Source
-from stream_adapt.state.row import Kind, Layout
+from stream_adapt.state.row import Kind, Layout, RowError
 from stream_adapt.state.table import Table
 
 #: Offenders that are named in the report, of each sort.
@@ -117,7 +117,15 @@ class _Score(msgspec.Struct, frozen=True):
     source_offset: int
 
 
+class _Control(msgspec.Struct, frozen=True):
+    """What is compared of a control row; its bytes are a header, MessagePack and a checksum."""
+
+    next_offset: int
+
+
+_HEADER_BYTES, _CHECKSUM_BYTES = 8, 4
 _decode_score = msgspec.json.Decoder(_Score).decode
+_decode_control = msgspec.msgpack.Decoder(_Control).decode
 
 
 def read_topic(bootstrap_servers: str, topic: str, timeout_s: float = 120.0) -> list[Message]:
@@ -149,11 +157,11 @@ def read_topic(bootstrap_servers: str, topic: str, timeout_s: float = 120.0) -> 
             if time.monotonic() > deadline:
                 raise KafkaRefused(f"{topic}: the ends of {sorted(unfinished)} were not reached in {timeout_s:g} s")
             for message in consumer.consume(10_000, 0.2):
-                error, partition = message.error(), int(message.partition() or 0)
-                if error is None:
+                told, partition = message.error(), int(message.partition() or 0)
+                if told is None:
                     messages.append(message)
-                elif error.code() != KafkaError._PARTITION_EOF:
-                    raise KafkaRefused(f"{topic}[{partition}]: {error}")
+                elif told.code() != KafkaError._PARTITION_EOF:
+                    raise KafkaRefused(f"{topic}[{partition}]: {told}")
                 elif int(message.offset() or 0) >= ends[partition]:
                     unfinished.discard(partition)
     return messages
@@ -164,11 +172,11 @@ def log_ends(bootstrap_servers: str, topic: str) -> dict[int, int]:
     admin = AdminClient({"bootstrap.servers": bootstrap_servers})
     try:
         partitions = admin.list_topics(topic, timeout=_CALL_TIMEOUT_S).topics[topic].partitions
-        asked = {TopicPartition(topic, p): OffsetSpec.latest() for p in partitions}
+        asked = {TopicPartition(topic, p): OffsetSpec.latest() for p in partitions}  # type: ignore[no-untyped-call]
         futures = admin.list_offsets(
             asked, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=_CALL_TIMEOUT_S
         )
-        return {tp.partition: future.result().offset for tp, future in futures.items()}
+        return {tp.partition: int(future.result().offset) for tp, future in futures.items()}
     except KafkaException as error:
         raise KafkaRefused(f"{topic}: its ends cannot be had: {error}") from error
 
@@ -242,7 +250,8 @@ def _wrong(inputs: Mapping[Source, Input], outputs: Iterable[Output]) -> Iterato
         if one is None:
             continue
         if one.reason != output.reason:
-            yield f"{output.where}: {one.record_id} has {output.reason or 'a score'}, expected {one.reason or 'a score'}"
+            expected, actual = one.reason or "a score", output.reason or "a score"
+            yield f"{output.where}: {one.record_id} has {actual}, expected {expected}"
         elif output.reason is None and output.event_id != one.record_id:
             yield f"{output.where}: a score of {output.event_id}, input {_at(one.place)} is {one.record_id}"
         elif output.key != one.key or (output.reason is not None and output.value != one.value):
@@ -348,8 +357,9 @@ def compare_rows(
     surplus = [key for key in found if key not in expected and key[1] != CONTROL_KEY]
     for key in [*wanted, *surplus]:
         result.compared += 1
-        what, error = _row_difference(expected.get(key), found.get(key), layouts.get(_KIND.get(key[1][:2], Kind.USER)))
-        result.max_error = max(result.max_error, error)
+        layout = layouts.get(_KIND.get(key[1][:2], Kind.USER))
+        what, largest = _row_difference(expected.get(key), found.get(key), layout)
+        result.max_error = max(result.max_error, largest)
         if what:
             result.different += 1
             if len(result.first) < NAMED:
@@ -365,12 +375,14 @@ def _row_difference(expected: bytes | None, found: bytes | None, layout: Layout 
         return ("not in the calm run" if expected is None else "not in the changelog"), 0.0
     if layout is None or len(expected) != len(found):
         return f"{len(found)} bytes, in the calm run {len(expected)}", 0.0
-    size = len(expected) - layout.row_bytes
-    calm, row = (np.frombuffer(content[size:], dtype=layout.dtype)[0] for content in (expected, found))
+    try:
+        calm, row = layout.from_bytes(expected)[0], layout.from_bytes(found)[0]
+    except RowError as error:
+        return str(error), 0.0
     for field in layout.fields:
         if calm[field.name].tobytes() != row[field.name].tobytes():
-            error = _largest(calm[field.name], row[field.name])
-            return f"{field.name}={row[field.name]}, in the calm run {calm[field.name]}", error
+            largest = _largest(calm[field.name], row[field.name])
+            return f"{field.name}={row[field.name]}, in the calm run {calm[field.name]}", largest
     return "header or padding differ", 0.0
 
 
@@ -378,20 +390,12 @@ def _largest(one: Any, other: Any) -> float:
     return float(np.max(np.abs(np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64))))
 
 
-def compare_controls(
-    found: Mapping[RowKey, bytes], committed: Mapping[int, int], next_offset_of: Any
-) -> list[str]:
-    """Control rows that do not stand where the group stands.
-
-    Args:
-        found: the changelog's rows.
-        committed: the group's offsets by partition.
-        next_offset_of: takes a control row's bytes, gives its next offset.
-    """
+def compare_controls(found: Mapping[RowKey, bytes], committed: Mapping[int, int]) -> list[str]:
+    """Control rows of the changelog that do not stand where the group stands; `committed` by partition."""
     wrong = []
     for partition, offset in sorted(committed.items()):
         content = found.get((partition, CONTROL_KEY))
-        told = None if content is None else next_offset_of(content)
+        told = None if content is None else _decode_control(content[_HEADER_BYTES:-_CHECKSUM_BYTES]).next_offset
         if told != offset:
             wrong.append(f"control row of partition {partition}: next offset {told}, the group committed {offset}")
     return wrong
@@ -409,7 +413,7 @@ def _score(where: str, message: Message) -> Output:
 
 
 def _dead_letter(where: str, message: Message) -> Output:
-    headers = {name: _text(value) for name, value in message.headers() or []}
+    headers = {str(name): _text(value) for name, value in list(message.headers() or [])}
     place = (int(headers["stream-adapt.source.partition"]), int(headers["stream-adapt.source.offset"]))
     reason = headers["stream-adapt.reason"]
     return Output(place, where, None, reason, _bytes(message.key()), _bytes(message.value()))

@@ -67,7 +67,7 @@ def show(result: ChaosResult, console: Console) -> None:
     for fault in result.faults:
         console.print(f"  {fault}", style="red", markup=False)
     if result.ok:
-        console.print("every input has exactly one output", style="green")
+        console.print("every input has exactly one output, and every row is as if nothing had happened", style="green")
     else:
         console.print(f"FAILED; logs and data: {result.logs}", style="bold red", markup=False)
 
@@ -75,11 +75,8 @@ def show(result: ChaosResult, console: Console) -> None:
 def _figures(result: ChaosResult) -> list[tuple[str, str]]:
     done = f"{result.kills} kills, {result.stops} stops, {result.joins} joins, {result.leaves} leaves"
     around = f"{result.broker_restarts} restarts of the broker, {result.proxy_faults} faults of the network"
-    rows = (
-        f"{result.rows_compared:,} compared with a calm run, {result.rows_different:,} different"
-        if result.rows_compared
-        else "not compared: this release keeps no changelog"
-    )
+    rows = f"{result.rows_compared:,} compared with a calm run, {result.rows_different:,} different"
+    scores = f"{result.scores_compared:,} compared with a calm run, {result.scores_different:,} different"
     return [
         ("done", f"{done}, {around}"),
         ("inputs", f"{result.inputs:,} committed"),
@@ -89,6 +86,7 @@ def _figures(result: ChaosResult) -> list[tuple[str, str]]:
         ("unexpected", f"{result.unexpected:,}"),
         ("invalid", f"{result.invalid:,}"),
         ("rows", rows),
+        ("scores", scores),
         ("takeover", f"{result.takeover_s_p50:.1f} s median, {result.takeover_s_p99:.1f} s p99 of {result.takeovers}"),
         ("exit codes", ", ".join(f"{code}: {count}" for code, count in sorted(result.exit_codes.items()))),
         ("seed", str(result.seed)),

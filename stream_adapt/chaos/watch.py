@@ -83,6 +83,13 @@ class Watch:
         """By partition, as last seen; partitions without a commit are left out."""
         return self.samples[-1].offsets if self.samples else {}
 
+    def latest(self) -> dict[int, int]:
+        """The same, asked for after this call."""
+        called = time.monotonic()
+        while not self.samples or self.samples[-1].began < called:
+            time.sleep(_EVERY_S / 4)
+        return self.committed
+
     def _run(self) -> None:
         with closing(Consumer(self._settings)) as consumer:
             while not self._done.wait(_EVERY_S):
