@@ -18,6 +18,7 @@ Around it:
     kafka/  errors                  consumer, producer, topics, a broker to try things on; what can go wrong
     config  logs  metrics  health   what an operator sets and sees
     cli  demo/  bench  evaluate/    commands, and what they measure: live, in speed, and in quality
+    chaos/                          everything that goes wrong, on a real broker, and a count at the end
     local  testing/                 this machine; fixtures and helpers for your own tests
 """
 
