@@ -344,7 +344,7 @@ def bench_step(as_json: bool) -> None:
 @click.option(
     "--keep",
     type=click.Path(file_okay=False, path_type=Path),
-    help="New folder for logs and configuration; else they are kept only after a failure.",
+    help="New folder for logs, configuration and Kafka's data; else they are kept only after a failure.",
 )
 @_json_option
 def chaos(as_json: bool, **options: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from pathlib import Path
 from types import TracebackType
 from typing import Self
 
@@ -35,7 +36,7 @@ def properties(timeouts: Timeouts) -> dict[str, str]:
 class Broker:
     """An embedded Kafka that can be restarted while others go on. What goes wrong with it is raised by `settle`."""
 
-    def __init__(self, timeouts: Timeouts, troubles: Troubles) -> None:
+    def __init__(self, timeouts: Timeouts, troubles: Troubles, data_dir: Path) -> None:
         self.restarts = 0
         self._troubles = troubles
         self._thread: threading.Thread | None = None
@@ -47,7 +48,7 @@ class Broker:
             "advertised.listeners": f"PROXY://{self.proxy.address}",
             "listener.security.protocol.map": "PROXY:PLAINTEXT",
         }
-        self.kafka = EmbeddedKafka(properties={**properties(timeouts), **behind})
+        self.kafka = EmbeddedKafka(data_dir, properties={**properties(timeouts), **behind})
 
     def __enter__(self) -> Self:
         try:

@@ -43,9 +43,9 @@ _TURN_S = 0.05
 #: Members are up and every partition has a commit: compiled kernels may have to be made.
 _START_TIMEOUT_S = 180.0
 #: After the last action: every partition gets commits again.
-_RECOVER_TIMEOUT_S = 90.0
+_RECOVER_TIMEOUT_S = 180.0
 #: After the last input: everything is committed.
-_DRAIN_TIMEOUT_S = 120.0
+_DRAIN_TIMEOUT_S = 180.0
 #: Tries of a member before it gives up on a broker (exit 3), and some seconds for noticing.
 _AWAY_WINDOW_S = 45.0
 #: Two fencings within three transaction timeouts end a member (exit 4); and as long for finding out about the last.
@@ -66,7 +66,7 @@ class ChaosOptions:
     per_second: float = 300.0  # events
     partitions: int = 6
     protocol: Protocol = "classic"
-    keep: Path | None = None  # folder for logs, configuration and model; a temporary one if not given
+    keep: Path | None = None  # folder for logs, configuration, model and Kafka's data; a temporary one if not given
 
 
 def run_chaos(options: ChaosOptions, console: Console) -> ChaosResult:
@@ -135,7 +135,9 @@ class _Run:
     def _settle(self) -> None:
         """Broker, model, configuration, topics."""
         with self._console.status("starting Apache Kafka"):
-            self._broker = self._stack.enter_context(Broker(self._timeouts, self._team.troubles))
+            self._broker = self._stack.enter_context(
+                Broker(self._timeouts, self._team.troubles, self._folder / "kafka")
+            )
         self._model = self._make_model()
         self._settings = config.load(self._configure(member_name(0)), _environment()).config
         self._network = Network(self._broker.proxy, lambda name: f"{APP}.{name}", self._team.troubles)
