@@ -33,6 +33,13 @@ def properties(timeouts: Timeouts) -> dict[str, str]:
     }
 
 
+#: What Apache Kafka logs when it ends a transaction without a marker in some partition. It takes a partition whose
+#: leader is not known for deleted (TransactionMarkerChannelManager), and after a restart, without replicas, there are
+#: such partitions for a moment. Their records stay open until the next transaction of the same transactional.id ends:
+#: then they share its fate. Aborted records become visible: an output comes twice, and no client can do anything.
+_LEFT_OUT = "Couldn't find leader endpoint for partitions"
+
+
 class Broker:
     """An embedded Kafka that can be restarted while others go on. What goes wrong with it is raised by `settle`."""
 
@@ -70,6 +77,11 @@ class Broker:
     def address(self) -> str:
         """For all but the members: past the proxy."""
         return self.kafka.bootstrap_servers
+
+    def markers_left_out(self) -> list[str]:
+        """Lines of the broker's log which say that a transaction was ended without markers in some partitions."""
+        with (self.kafka.data_dir / "broker.log").open(encoding="utf-8", errors="replace") as log:
+            return [line.strip() for line in log if _LEFT_OUT in line]
 
     def restart(self, *, kill: bool) -> bool:
         """Ends it, in order or by SIGKILL, and starts it again with its data; False if that is still under way."""

@@ -319,6 +319,9 @@ class _Run:
             *self._team.faults(),
         ]
         self._compare_rows(result, scores)
+        left_out = self._broker.markers_left_out()
+        result.markers_left_out = len(left_out)
+        result.notes = [f"the broker left transaction markers out, so doubles there are its own: {e}" for e in left_out]
         return result
 
     def _compare_rows(self, result: ChaosResult, scores: list[Message]) -> None:

@@ -47,6 +47,8 @@ class ChaosResult(msgspec.Struct):
     exit_codes: dict[str, int] = {}
     drain_s: float = 0.0
     seconds: float = 0.0
+    markers_left_out: int = 0  # transactions that the broker ended without a marker in some partition: `broker.py`
+    notes: list[str] = []  # what may explain faults
     faults: list[str] = []  # everything that should not have been, in words
     logs: str | None = None  # where logs are, if they were kept
     schedule: list[Action] = []
@@ -66,6 +68,8 @@ def show(result: ChaosResult, console: Console) -> None:
     console.print(table)
     for fault in result.faults:
         console.print(f"  {fault}", style="red", markup=False)
+    for note in result.notes:
+        console.print(f"  {note}", style="yellow", markup=False)
     if result.ok:
         console.print("every input has exactly one output, and every row is as if nothing had happened", style="green")
     else:
