@@ -4,9 +4,12 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Given to pytest, say: make test ARGS='-k topics'
 ARGS ?=
+# Of make chaos.
+MINUTES ?= 8
+SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow lint format docs constraints clean
+.PHONY: help setup demo test test-slow chaos lint format docs constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -28,6 +31,9 @@ test: setup ## all tests but the slow ones; those of the broker tier on a real K
 
 test-slow: setup ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
+
+chaos: setup ## kill, stop and cut off members and broker at random for MINUTES=8 with SEED=0, and count
+	$(BIN)/stream-adapt chaos --minutes $(MINUTES) --seed $(SEED) $(ARGS)
 
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .

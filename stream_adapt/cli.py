@@ -547,6 +547,44 @@ def bench_scale(as_json: bool, **parameters: Any) -> None:
             click.echo(f"{name:<20} {value}")
 
 
+@cli.command()
+@click.option("--minutes", default=8.0, show_default=True, type=click.FloatRange(min=0.1), help="How long it goes on.")
+@click.option("--seed", default=0, show_default=True, help="Equal seeds give equal schedules and events.")
+@click.option("--members", default=3, show_default=True, type=click.IntRange(1, 16), help="One more joins and leaves.")
+@click.option("--rate", "per_second", default=300.0, show_default=True, help="Events a second.")
+@click.option("--partitions", default=6, show_default=True, type=click.IntRange(min=1), help="Of the input topic.")
+@click.option(
+    "--protocol",
+    default="classic",
+    show_default=True,
+    type=click.Choice(["classic", "consumer"]),
+    help="Of the group, as kafka.group_protocol.",
+)
+@click.option(
+    "--keep",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="New folder for logs, configuration and Kafka's data; else they are kept only after a failure.",
+)
+@_json_option
+def chaos(as_json: bool, **options: Any) -> None:
+    """Kill, stop and restart members and broker at random, under load, and count: nothing lost, nothing twice.
+
+    Starts an Apache Kafka of its own and members as real processes. At the end an independent reader compares inputs
+    with outputs, and rows with those of a calm run. Exit code 1 if anything is lost, doubled or different.
+    """
+    from rich.console import Console
+
+    from stream_adapt.chaos.flow import ChaosOptions, run_chaos
+    from stream_adapt.chaos.report import show
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    result = run_chaos(ChaosOptions(**options), console)
+    _print(result, as_json)
+    show(result, console)
+    if not result.ok:
+        sys.exit(1)
+
+
 def _print(value: Any, as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.encode(value).decode())

@@ -77,6 +77,7 @@ class InputConsumer:
         self._start = start
         self._ends: dict[int, int] = {}
         self._listener = listener
+        self._leaving = False
         self._consumer = Consumer(dict(properties), logger=_librdkafka_logger())
         self._consumer.subscribe([topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
 
@@ -176,11 +177,16 @@ class InputConsumer:
 
     def close(self) -> None:
         """Leaves the group."""
+        self._leaving = True
         self._consumer.close()
 
     # Rebalances. No work is in flight here: a batch is committed or aborted before the next poll.
 
     def _assigned(self, consumer: Consumer, partitions: list[TopicPartition]) -> None:
+        if self._leaving:
+            # Told to stop while joining: a client that closes gets no answer to any question about offsets any more.
+            consumer.incremental_assign([])
+            return
         numbers = [tp.partition for tp in partitions]
         if numbers:
             self._find_positions(numbers)

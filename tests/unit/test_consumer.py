@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 import numpy as np
+from confluent_kafka import Consumer, TopicPartition
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stream_adapt.kafka.consumer import due_records
+from stream_adapt.kafka.consumer import InputConsumer, RebalanceListener, due_records
 from stream_adapt.record import RawBatch
 
 
@@ -52,3 +55,26 @@ def test_a_batch_knows_where_the_next_one_begins() -> None:
     raw = RawBatch([None] * 3, [None] * 3, np.array([2, 0, 2], np.int32), np.array([4, 9, 7], np.int64))
     assert {2: 8, 0: 10} == raw.next_offsets
     assert [4, 7] == raw.take(np.array([0, 2])).offsets.tolist()
+
+
+def test_partitions_that_come_while_leaving_are_not_taken() -> None:
+    """A client that closes gets no answer to questions about offsets: asking would last a minute and end with 3."""
+
+    class Client:
+        taken: Any = None
+
+        def incremental_assign(self, partitions: list[TopicPartition]) -> None:
+            self.taken = partitions
+
+    told: list[Any] = []
+    listener = RebalanceListener(assigned=told.append, revoked=told.append)
+    properties = {
+        "bootstrap.servers": "127.0.0.1:1",  # nobody answers there
+        "group.id": "g",
+        "partition.assignment.strategy": "cooperative-sticky",
+        "log_level": 0,
+    }
+    consumer, client = InputConsumer(properties, "t", start="earliest", listener=listener), Client()
+    consumer.close()
+    consumer._assigned(cast(Consumer, client), [TopicPartition("t", 0)])
+    assert ([], []) == (client.taken, told)

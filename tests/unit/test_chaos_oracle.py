@@ -1,0 +1,175 @@
+"""The oracle sees what it must see: a loss, a double, a stranger, a wrong output, a row with one bit turned."""
+
+from __future__ import annotations
+
+from itertools import islice
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from stream_adapt import service
+from stream_adapt.chaos import load
+from stream_adapt.chaos.load import ID_HEADER, REASON_HEADER, records
+from stream_adapt.chaos.oracle import (
+    CONTROL_KEY,
+    CalmRun,
+    Input,
+    Output,
+    calm_run,
+    compare_controls,
+    compare_load,
+    compare_outputs,
+    compare_rows,
+)
+from stream_adapt.config import Config
+from stream_adapt.models import LearnerSpec, Model, read_model
+from stream_adapt.record import TopicNames
+from stream_adapt.state.row import Kind
+from stream_adapt.testing.model import random_model
+
+SEED, PARTITIONS = 3, 2
+
+
+def _inputs(count: int = 600) -> list[Input]:
+    found, ends = [], [0] * PARTITIONS
+    for number, record in enumerate(islice(records(SEED, "e"), count)):
+        headers, partition = dict(record.headers), number % PARTITIONS
+        reason = headers[REASON_HEADER].decode() if REASON_HEADER in headers else None
+        found.append(Input((partition, ends[partition]), headers[ID_HEADER].decode(), reason, record.key, record.value))
+        ends[partition] += 1 + (number % 50 == 0)  # as behind a transaction's marker
+    return found
+
+
+def _output(one: Input) -> Output:
+    if one.reason is None:
+        return Output(one.place, f"scores[0]@{one.place[1]}", one.record_id, None, one.key, None)
+    return Output(one.place, f"dead-letters[0]@{one.place[1]}", None, one.reason, one.key, one.value)
+
+
+INPUTS = _inputs()
+OUTPUTS = [_output(one) for one in INPUTS]
+SCORED = next(one for one in INPUTS if one.reason is None)
+REFUSED = next(one for one in INPUTS if one.reason is not None)
+
+
+def test_one_output_for_each_input_is_fine() -> None:
+    said = compare_outputs(INPUTS, OUTPUTS[::-1])
+    assert said.ok, said.first
+    assert (len(INPUTS), len(INPUTS)) == (said.inputs, said.outputs)
+    assert said.scores + said.dead_letters == said.outputs
+    assert said.dead_letters > 0
+
+
+@pytest.mark.parametrize("one", [SCORED, REFUSED], ids=["score", "dead letter"])
+def test_a_loss_is_seen_and_named(one: Input) -> None:
+    said = compare_outputs(INPUTS, [output for output in OUTPUTS if output.place != one.place])
+    assert (1, 0, 0, 0) == (said.lost, said.doubled, said.unexpected, said.invalid)
+    assert [f"lost: {one.record_id}, input [{one.place[0]}]@{one.place[1]}"] == said.first
+
+
+@pytest.mark.parametrize("one", [SCORED, REFUSED], ids=["score", "dead letter"])
+def test_a_double_is_seen_and_both_are_named(one: Input) -> None:
+    again = _output(one)._replace(where="scores[9]@9")
+    said = compare_outputs(INPUTS, [*OUTPUTS, again])
+    assert (0, 1, 0, 0) == (said.lost, said.doubled, said.unexpected, said.invalid)
+    assert _output(one).where in said.first[0]
+    assert again.where in said.first[0]
+
+
+def test_an_output_of_an_aborted_input_is_unexpected() -> None:
+    said = compare_outputs([one for one in INPUTS if one != SCORED], OUTPUTS)
+    assert (0, 0, 1, 0) == (said.lost, said.doubled, said.unexpected, said.invalid)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        _output(SCORED)._replace(event_id="another"),
+        _output(SCORED)._replace(key=b"another"),
+        _output(SCORED)._replace(event_id=None, reason="not_json"),
+        _output(REFUSED)._replace(reason="another"),
+        _output(REFUSED)._replace(value=b"other bytes"),
+        _output(REFUSED)._replace(event_id="e", reason=None),
+    ],
+)
+def test_a_wrong_output_is_invalid(wrong: Output) -> None:
+    said = compare_outputs(INPUTS, [wrong if output.place == wrong.place else output for output in OUTPUTS])
+    assert (0, 0, 0, 1) == (said.lost, said.doubled, said.unexpected, said.invalid)
+    assert wrong.where in said.first[0]
+
+
+def test_what_cannot_be_read_and_inputs_that_repeat_an_id_are_invalid() -> None:
+    assert 1 == compare_outputs(INPUTS, OUTPUTS, ["scores[0]@1: not a score"]).invalid
+    twin = INPUTS[0]._replace(place=(0, 10_000))
+    assert 1 == compare_outputs([*INPUTS, twin], [*OUTPUTS, _output(twin)]).invalid
+
+
+def test_the_input_topic_must_hold_what_was_acknowledged_and_nothing_else() -> None:
+    ids = {one.record_id for one in INPUTS}
+    assert [] == compare_load(INPUTS, ids - {"e1"}, {"e1", "e-aborted"})
+    assert ["input gone was acknowledged and is not in the topic"] == compare_load(INPUTS, ids | {"gone"}, set())
+    assert ["input e1 is in the topic and was never acknowledged"] == compare_load(INPUTS, ids - {"e1"}, set())
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Model:
+    features, feedback = load.declared(SEED)
+    items, columns = load.examples(SEED)
+    folder: Path = tmp_path_factory.mktemp("models")
+    return read_model(random_model(folder, LearnerSpec(features, feedback), items, columns))
+
+
+def _calm(model: Model, inputs: list[Input] = INPUTS) -> CalmRun:
+    return calm_run(service.build_pipeline(Config(), model, TopicNames.of("app")), inputs)
+
+
+def test_the_calm_run_does_not_depend_on_the_order_between_partitions(model: Model) -> None:
+    calm = _calm(model)
+    assert calm.rows == _calm(model, INPUTS[::-1]).rows
+    assert {p for p, _ in calm.rows} == set(range(PARTITIONS))
+    assert {one.place for one in INPUTS if one.reason is None} == set(calm.scores)
+
+
+def test_equal_rows_are_equal(model: Model) -> None:
+    calm = _calm(model)
+    rows = compare_rows(calm.rows, {**calm.rows, (0, CONTROL_KEY): b"not compared here"}, calm.layouts)
+    assert (len(calm.rows), 0, 0.0, []) == (rows.compared, rows.different, rows.max_error, rows.first)
+
+
+def test_one_bit_of_one_row_is_seen_and_its_field_named(model: Model) -> None:
+    calm = _calm(model)
+    key = next(key for key in calm.rows if key[1].startswith("u:"))
+    layout = calm.layouts[Kind.USER]
+    row = layout.from_bytes(calm.rows[key])
+    row["d"].view("u4")[0, 0] ^= 1 << 20
+    rows = compare_rows(calm.rows, {**calm.rows, key: layout.to_bytes(row[0])}, calm.layouts)
+    assert 1 == rows.different
+    assert 0 < rows.max_error < 1
+    assert rows.first[0].startswith(f"row {key[1]} of partition {key[0]}: d=")
+    damaged = calm.rows[key][:-1] + bytes([calm.rows[key][-1] ^ 1])
+    assert 1 == compare_rows(calm.rows, {**calm.rows, key: damaged}, calm.layouts).different
+
+
+def test_rows_that_only_one_side_has_are_different(model: Model) -> None:
+    calm = _calm(model)
+    key = next(iter(calm.rows))
+    fewer = {k: v for k, v in calm.rows.items() if k != key}
+    assert [f"row {key[1]} of partition {key[0]}: not in the changelog"] == compare_rows(
+        calm.rows, fewer, calm.layouts
+    ).first
+    assert [f"row {key[1]} of partition {key[0]}: not in the calm run"] == compare_rows(
+        fewer, calm.rows, calm.layouts
+    ).first
+
+
+def test_a_control_row_must_stand_where_the_group_stands() -> None:
+    def control(offset: int) -> bytes:
+        return bytes(8) + msgspec.msgpack.encode({"partition": 0, "next_offset": offset}) + bytes(4)
+
+    rows = {(0, CONTROL_KEY): control(7), (1, CONTROL_KEY): control(8)}
+    assert [] == compare_controls(rows, {0: 7, 1: 8})
+    assert ["control row of partition 1: next offset 8, the group committed 9"] == compare_controls(rows, {0: 7, 1: 9})
+    assert ["control row of partition 2: next offset None, the group committed 1"] == compare_controls(
+        rows, {0: 7, 1: 8, 2: 1}
+    )
