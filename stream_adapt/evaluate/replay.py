@@ -28,12 +28,13 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from stream_adapt.adapt import Adapter
 from stream_adapt.datasets import Source, open_source
 from stream_adapt.errors import ConfigError
-from stream_adapt.evaluate import baselines, report
+from stream_adapt.evaluate import baselines, direct, report
 from stream_adapt.evaluate import figures as of
 from stream_adapt.evaluate.figures import Figures, Outcomes
 from stream_adapt.evaluate.halves import Half, Halves, cut, two_levels
 from stream_adapt.evaluate.metrics import Floats
 from stream_adapt.models import Covariance, LearnerSpec, Model, read_model, write_model
+from stream_adapt.pretraining import told_objective
 
 if TYPE_CHECKING:  # torch takes seconds to import: only where it is used
     from stream_adapt.meta.trainer import Trained
@@ -56,6 +57,9 @@ class ReplayOptions:
     levels: Levels = "all"  # two: feedback is reduced to the target's yes or no
     covariance: Covariance | None = None  # None: the model's, or diagonal
     partitions: int = 1
+    objective: str = "prequential"  # of pretraining
+    support: float | None = None  # of maml and fomaml
+    seconds: float = 0.0  # for a pretraining; 0: as long as it takes
     seeds: int = 1  # 0, 1, … of pretraining
     warm: bool = False  # users keep what the first half taught
     device: str = "auto"  # of pretraining
@@ -65,6 +69,11 @@ class ReplayOptions:
     def __post_init__(self) -> None:
         if self.partitions < 1 or self.seeds < 1:
             raise ConfigError(f"partitions={self.partitions} and seeds={self.seeds} must be at least 1")
+        if self.model is not None and (self.objective, self.support, self.seconds) != ("prequential", None, 0.0):
+            raise ConfigError(
+                f"objective={self.objective}, support={self.support}, seconds={self.seconds:g}: a model that is there "
+                "is trained; leave out these or --model"
+            )
         if self.model is not None and self.seeds > 1:
             raise ConfigError(
                 f"seeds={self.seeds}: a model that is there already has one; leave out --seeds or --model"
@@ -80,6 +89,7 @@ class ReplayResult(Figures, frozen=True, kw_only=True):
     partitions: int
     levels: Levels
     covariance: Covariance
+    objective: str | None  # None: of the model that was given
     seeds: int
     warm: bool
     model_version: str | None  # of the model that was given
@@ -129,6 +139,7 @@ class Replay:
             partitions=self.options.partitions,
             levels="two" if len(feedback.levels) == 2 else "all",
             covariance=self.spec.covariance,
+            objective=self.options.objective if self.version is None else None,
             seeds=len(adapted),
             warm=self.options.warm,
             model_version=self.version,
@@ -172,7 +183,10 @@ def replay(source: Source, options: ReplayOptions, bar: Progress) -> Replay:
         for seed in range(options.seeds):
             _serve(run, *_pretrained(run, seed, bar), bar)
     for name in names:
-        run.baselines[name] = run.frozen[0] if name == baselines.FROZEN else _baseline(run, name, bar)
+        if name == baselines.FROZEN:
+            run.baselines[name] = run.frozen[0]
+        else:
+            run.baselines[name] = _direct(run, bar) if name == baselines.DIRECT else _baseline(run, name, bar)
     return run
 
 
@@ -198,15 +212,22 @@ def _pretrained(run: Replay, seed: int, bar: Progress) -> tuple[Model, float]:
     """A model that learned from the first half, as service would read it, and the seconds that took."""
     from stream_adapt.meta.trainer import TrainSettings, pretrain
 
-    name = "pretraining" if run.options.seeds == 1 else f"pretraining, seed {seed + 1} of {run.options.seeds}"
+    name = f"pretraining, {run.options.objective}"
+    if run.options.seeds > 1:
+        name += f", seed {seed + 1} of {run.options.seeds}"
     task = bar.add_task(name, total=None)
 
-    def told(_epoch: int, done: int, steps: int, _loss: float) -> None:
-        bar.update(task, completed=done, total=steps)
+    def told(_epoch: int, done: int, steps: int, loss: float) -> None:
+        bar.update(task, completed=done, total=steps, description=f"{name}, loss {loss:.3f}")
 
     started = time.perf_counter()
     # The second half judges: no events of the first are set aside for that.
-    settings = TrainSettings(seed=seed, validation_share=0.0)
+    settings = TrainSettings(
+        seed=seed,
+        validation_share=0.0,
+        objective=told_objective(run.options.objective, run.options.support),
+        seconds=run.options.seconds,
+    )
     trained = pretrain(run.halves.first.events, run.spec, settings, run.options.device, told)
     seconds = time.perf_counter() - started
     bar.remove_task(task)
@@ -247,6 +268,18 @@ def _baseline(run: Replay, name: str, bar: Progress) -> Said:
     threshold = of.best_threshold(measured.earlier, run.halves.first.targets)
     made = of.figures(measured.later, run.outcomes, threshold, measured.train_s, measured.events_per_s)
     return Said(measured.later, made)
+
+
+def _direct(run: Replay, bar: Progress) -> Said:
+    """The same encoder trained without meta-learning, tuned on the first half, and served as the model is."""
+    from stream_adapt.meta.trainer import TrainSettings
+
+    started = time.perf_counter()
+    settings = TrainSettings(validation_share=0.0, seconds=run.options.seconds)
+    model, _ = direct.model(run.halves.first, run.spec, settings, run.options.device, partial(_track, bar))
+    other = Replay(run.options, run.source, run.spec, run.halves)
+    _serve(other, model, time.perf_counter() - started, bar)
+    return other.adapted[0]
 
 
 def _track(bar: Progress, things: Sequence[_T], what: str, every: int = 1) -> Iterator[_T]:

@@ -113,7 +113,7 @@ def pretrain(
     _check(log, spec)
     where = torch_device(device)
     held = held_out(log, settings.validate, settings.validation_share, settings.seed)  # [n]
-    steps = _Steps(progress, trainings=2 if held.any() else 1)
+    steps = Steps(progress, trainings=2 if held.any() else 1)
     each = msgspec.structs.replace(settings, seconds=settings.seconds / steps.left)
     figures: dict[str, float] = {}
     stop_after = settings.epochs
@@ -123,15 +123,15 @@ def pretrain(
             return _figures(parameters, sequences.encode(log, vocabulary).to(where), held, settings)
 
         watch = Watch(lambda p, v: judge(p, v)["log_loss"], settings.patience, validated)
-        figures = judge(*_train(log.where(~held), spec, each, where, steps, watch=watch, clock=clock))
+        figures = judge(*train(log.where(~held), spec, each, where, steps, watch=watch, clock=clock))
         stop_after = max(1, watch.epochs) if settings.patience else stop_after
-    parameters, vocabulary = _train(log, spec, each, where, steps, stop_after=stop_after, clock=clock)
+    parameters, vocabulary = train(log, spec, each, where, steps, stop_after=stop_after, clock=clock)
     about = {
         "objective": msgspec.structs.asdict(settings.objective),
         "epochs": stop_after,
         "budget_s": settings.seconds,
     }
-    return Trained(_fold(parameters, vocabulary, settings), vocabulary.fitted, figures, about)
+    return Trained(fold(parameters, vocabulary, settings), vocabulary.fitted, figures, about)
 
 
 def torch_device(name: str) -> torch.device:
@@ -203,6 +203,10 @@ class Parameters(nn.Module):
         self.register_buffer("popularity", popularity)  # [I+1]
         self.target = spec.feedback.target_level
 
+    def decays(self, settings: TrainSettings) -> dict[str, float]:
+        """Decoupled decay of each parameter that has one."""
+        return {"id_vector": settings.item_decay, "id_bias": settings.item_bias_decay}
+
     def item_content(self) -> Tensor:
         """What co-occurrence and popularity add to x̃ `[I+1, D+1]`; zeros for the unknown item, the last."""
         return self.cooccurrence @ self.cooccurrence_weight + self.popularity[:, None] * self.popularity_weight
@@ -255,7 +259,7 @@ def _level_priors(levels: Tensor, spec: LearnerSpec) -> tuple[Tensor, Tensor]:
     return scores.float(), (cut - torch.logit(below[1:])).float()
 
 
-class _Steps:
+class Steps:
     """Counts the steps of one or two trainings as one."""
 
     def __init__(self, progress: Progress | None, trainings: int) -> None:
@@ -276,24 +280,24 @@ class _Steps:
         self.left -= 1
 
 
-def _train(
+def train(
     log: Log,
     spec: LearnerSpec,
     settings: TrainSettings,
     device: torch.device,
-    told: _Steps,
+    told: Steps,
     *,
     watch: Watch | None = None,
     stop_after: int | None = None,
     clock: Clock = time.monotonic,
-    kind: type[Parameters] | None = None,
+    kind: Callable[..., Parameters] = Parameters,
 ) -> tuple[Parameters, Vocabulary]:
-    """Trains θ, of `kind` if given, until epochs (at most `stop_after`) or seconds are over, or `watch` ends it."""
+    """Trains θ, as `kind` makes it, until epochs (at most `stop_after`) or seconds are over, or `watch` ends it."""
     started, generator = clock(), torch.Generator().manual_seed(settings.seed)
     vocabulary = sequences.fit(log, spec, settings.max_items)
     columns = sequences.encode(log, vocabulary)
     content = _cooccurrence(columns, len(vocabulary.item_hash), settings)
-    parameters = (kind or Parameters)(vocabulary, content, columns.levels, spec, generator).to(device)
+    parameters = kind(vocabulary, content, columns.levels, spec, generator).to(device)
     batches = _batches(sequences.windows(columns.users, settings.longest), settings.batch_events or _usual(len(log)))
     columns, aim = columns.to(device), objective.make(settings.objective)
     steps = settings.epochs * -(-len(batches) // settings.accumulate)
@@ -346,7 +350,7 @@ def _batches(windows: list[Tensor], events: int) -> list[list[Tensor]]:
 def _optimiser(
     parameters: Parameters, settings: TrainSettings, rate: float, pace: Pace
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    decays = {"id_vector": settings.item_decay, "id_bias": settings.item_bias_decay}
+    decays = parameters.decays(settings)
     groups = [{"params": [p], "weight_decay": decays.get(name, 0.0)} for name, p in parameters.named_parameters()]
     optimiser = torch.optim.AdamW(groups, lr=rate, betas=settings.betas)
     warm = max(1, round(settings.warm_up * pace.steps))
@@ -380,7 +384,7 @@ def _loss(
         raise ModelError(f"training diverged: {error}; lower the rate") from error
 
 
-def _fold(parameters: Parameters, vocabulary: Vocabulary, settings: TrainSettings) -> SlowWeights:
+def fold(parameters: Parameters, vocabulary: Vocabulary, settings: TrainSettings) -> SlowWeights:
     """θ as service reads it."""
 
     def array(tensor: Tensor) -> Floats32:

@@ -119,8 +119,8 @@ def test_folded_weights_say_what_the_trained_parameters_say() -> None:
     events = tastes()
     events[7] = msgspec.structs.replace(events[7], item_id=ItemId("never seen"))
     log = sequences.read_log(tastes(), SPEC)
-    parameters, vocabulary = trainer._train(log, SPEC, QUICK, torch.device("cpu"), trainer._Steps(None, 1))
-    weights = trainer._fold(parameters, vocabulary, QUICK)
+    parameters, vocabulary = trainer.train(log, SPEC, QUICK, torch.device("cpu"), trainer.Steps(None, 1))
+    weights = trainer.fold(parameters, vocabulary, QUICK)
     judged = sequences.read_log(events, SPEC)
     x, prior = unfolded(parameters, judged, sequences.encode(judged, vocabulary))
     for k in (0, 7, 11, 399):
@@ -138,7 +138,7 @@ def test_small_logs_get_small_batches_and_few_cooccurrence_features() -> None:
 
 def test_an_unknown_item_is_its_features_alone() -> None:
     log = sequences.read_log(tastes(), SPEC)
-    parameters, _ = trainer._train(log, SPEC, QUICK, torch.device("cpu"), trainer._Steps(None, 1))
+    parameters, _ = trainer.train(log, SPEC, QUICK, torch.device("cpu"), trainer.Steps(None, 1))
     with torch.no_grad():
         assert parameters.item_id()[-1].abs().sum() == 0.0
         assert parameters.item_content()[-1].abs().sum() == 0.0
@@ -153,9 +153,9 @@ def test_labels_after_the_training_slice_change_figures_but_not_the_rehearsed_we
 
     def rehearse(events: list[UserEvent]) -> tuple[SlowWeights, dict[str, float]]:
         log, device = sequences.read_log(events, SPEC), torch.device("cpu")
-        parameters, vocabulary = trainer._train(log.head(360), SPEC, QUICK, device, trainer._Steps(None, 1))
+        parameters, vocabulary = trainer.train(log.head(360), SPEC, QUICK, device, trainer.Steps(None, 1))
         figures = trainer._figures(parameters, sequences.encode(log, vocabulary), np.arange(400) >= 360, QUICK)
-        return trainer._fold(parameters, vocabulary, QUICK), figures
+        return trainer.fold(parameters, vocabulary, QUICK), figures
 
     (before, figures), (after, others) = rehearse(tastes()), rehearse(relabelled(tastes(), 360))
     for name, array in arrays(before).items():
