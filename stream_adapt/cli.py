@@ -161,7 +161,7 @@ def _objective_options(command: Callable[..., Any]) -> Callable[..., Any]:
     command = click.option(
         "--support",
         type=click.FloatRange(min=0),
-        help="maml, fomaml: adapt on so many events of a user, or, below 1, on this share; 0.5 if not given.",
+        help="maml, fomaml: adapt on so many events of a user, or, below 1, on this share; 8 if not given.",
     )(command)
     return click.option(
         "--objective",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -22,10 +23,11 @@ from stream_adapt.adapt import Adapter
 from stream_adapt.evaluate import metrics
 from stream_adapt.evaluate.halves import Half, alone
 from stream_adapt.models import LearnerSpec, Model, SlowWeights, read_model, write_model
+from stream_adapt.record import UserEvent
 
 if TYPE_CHECKING:  # torch takes seconds to import: only where it is used
     from stream_adapt.meta.direct import Directly
-    from stream_adapt.meta.trainer import TrainSettings
+    from stream_adapt.meta.trainer import Progress, TrainSettings
 
 #: Share of the first half that the rates are tuned after; the rest is what they are tuned on.
 TUNED_ON = 0.8
@@ -65,6 +67,8 @@ def model(
     settings: TrainSettings,
     device: str = "auto",
     track: Track = lambda rates, _: rates,
+    progress: Progress | None = None,
+    clock: Callable[[], float] = time.monotonic,
 ) -> tuple[Model, Rates]:
     """Tunes and trains on the first half; the model is served as ours is.
 
@@ -73,10 +77,12 @@ def model(
     """
     from stream_adapt.meta import direct, sequences
 
+    def train(events: list[UserEvent]) -> Directly:
+        return direct.train(sequences.read_log(events, spec), spec, settings, device, progress, clock)
+
     cut = int(TUNED_ON * len(first))
-    earlier, log = (sequences.read_log(events, spec) for events in (first.events[:cut], first.events))
-    rates = tuned(direct.train(earlier, spec, settings, device), spec, alone(first.events[cut:], spec), track)
-    return served(direct.train(log, spec, settings, device), spec, rates), rates
+    rates = tuned(train(first.events[:cut]), spec, alone(first.events[cut:], spec), track)
+    return served(train(first.events), spec, rates), rates
 
 
 def tuned(trained: Directly, spec: LearnerSpec, rest: Half, track: Track = lambda rates, _: rates) -> Rates:

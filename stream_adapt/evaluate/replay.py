@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: only where it is used
     from stream_adapt.meta.trainer import Trained
 
 Levels = Literal["two", "all"]
+Clock = Callable[[], float]
 
 _T = TypeVar("_T")
 
@@ -57,7 +58,7 @@ class ReplayOptions:
     levels: Levels = "all"  # two: feedback is reduced to the target's yes or no
     covariance: Covariance | None = None  # None: the model's, or diagonal
     partitions: int = 1
-    objective: str = "prequential"  # of pretraining
+    objective: str = "prequential"  # of pretraining; direct: without meta-learning, as the baseline
     support: float | None = None  # of maml and fomaml
     seconds: float = 0.0  # for a pretraining; 0: as long as it takes
     seeds: int = 1  # 0, 1, … of pretraining
@@ -65,6 +66,7 @@ class ReplayOptions:
     device: str = "auto"  # of pretraining
     baselines: str = ""  # names with commas between them, or all
     out: Path | None = None  # folder for the report
+    clock: Clock = time.perf_counter  # of pretraining; processor time compares runs on a machine that others use
 
     def __post_init__(self) -> None:
         if self.partitions < 1 or self.seeds < 1:
@@ -220,18 +222,24 @@ def _pretrained(run: Replay, seed: int, bar: Progress) -> tuple[Model, float]:
     def told(_epoch: int, done: int, steps: int, loss: float) -> None:
         bar.update(task, completed=done, total=steps, description=f"{name}, loss {loss:.3f}")
 
-    started = time.perf_counter()
+    options = run.options
+    started = options.clock()
     # The second half judges: no events of the first are set aside for that.
     settings = TrainSettings(
         seed=seed,
         validation_share=0.0,
-        objective=told_objective(run.options.objective, run.options.support),
-        seconds=run.options.seconds,
+        objective=told_objective(options.objective, options.support),
+        seconds=options.seconds,
     )
-    trained = pretrain(run.halves.first.events, run.spec, settings, run.options.device, told)
-    seconds = time.perf_counter() - started
+    if options.objective == baselines.DIRECT:
+        tuning = partial(_track, bar)
+        model, _ = direct.model(run.halves.first, run.spec, settings, options.device, tuning, told, options.clock)
+    else:
+        trained = pretrain(run.halves.first.events, run.spec, settings, options.device, told, clock=options.clock)
+        model = _as_served(trained, run.spec)
+    seconds = options.clock() - started
     bar.remove_task(task)
-    return _as_served(trained, run.spec), seconds
+    return model, seconds
 
 
 def _as_served(trained: Trained, spec: LearnerSpec) -> Model:
@@ -272,13 +280,9 @@ def _baseline(run: Replay, name: str, bar: Progress) -> Said:
 
 def _direct(run: Replay, bar: Progress) -> Said:
     """The same encoder trained without meta-learning, tuned on the first half, and served as the model is."""
-    from stream_adapt.meta.trainer import TrainSettings
-
-    started = time.perf_counter()
-    settings = TrainSettings(validation_share=0.0, seconds=run.options.seconds)
-    model, _ = direct.model(run.halves.first, run.spec, settings, run.options.device, partial(_track, bar))
-    other = Replay(run.options, run.source, run.spec, run.halves)
-    _serve(other, model, time.perf_counter() - started, bar)
+    options = replace(run.options, objective=baselines.DIRECT, support=None, model=None, seeds=1)
+    other = Replay(options, run.source, run.spec, run.halves)
+    _serve(other, *_pretrained(other, 0, bar), bar)
     return other.adapted[0]
 
 

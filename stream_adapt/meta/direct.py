@@ -7,7 +7,7 @@ them. Users who are new start at the mean of all.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -20,8 +20,9 @@ from torch import Tensor, nn
 from stream_adapt.learner.encoder import FittedFeature
 from stream_adapt.meta import objective, trainer
 from stream_adapt.meta.objective.contract import Sequences
+from stream_adapt.meta.pace import Clock
 from stream_adapt.meta.sequences import Columns, Log
-from stream_adapt.meta.trainer import Parameters, TrainSettings
+from stream_adapt.meta.trainer import Parameters, Progress, TrainSettings
 from stream_adapt.models import Floats32, LearnerSpec, SlowWeights
 
 
@@ -53,7 +54,8 @@ def train(
     spec: LearnerSpec,
     settings: TrainSettings,
     device: str = "auto",
-    progress: Callable[[int, int, int, float], None] | None = None,
+    progress: Progress | None = None,
+    clock: Clock = time.monotonic,
 ) -> Directly:
     """Trains on a log with the settings that meta-learning has, but for the objective.
 
@@ -63,7 +65,9 @@ def train(
     settings = msgspec.structs.replace(settings, objective=objective.Settings("direct"))
     kind = partial(WithUsers, users=int(log.users.max()) + 1)
     steps = trainer.Steps(progress, trainings=1)
-    parameters, vocabulary = trainer.train(log, spec, settings, trainer.torch_device(device), steps, kind=kind)
+    parameters, vocabulary = trainer.train(
+        log, spec, settings, trainer.torch_device(device), steps, clock=clock, kind=kind
+    )
     assert isinstance(parameters, WithUsers)
     users = parameters.user_id.detach()[torch.from_numpy(np.unique(log.users))]  # [users, D+1]
     parameters.prior_mean.data += users.mean(0)

@@ -14,7 +14,8 @@ import torch
 from stream_adapt.errors import ConfigError, DataError, ModelError
 from stream_adapt.learner.encoder import Bag, Categorical, FeatureReader, Numeric, features_struct
 from stream_adapt.learner.feedback import Feedback, LabelCuts
-from stream_adapt.meta import sequences, trainer
+from stream_adapt.meta import objective, sequences, trainer
+from stream_adapt.meta.pace import Pace, Watch, held_out
 from stream_adapt.meta.trainer import Trained, TrainSettings, pretrain
 from stream_adapt.models import LearnerSpec, SlowWeights, read_model, write_model
 from stream_adapt.record import ItemId, UserEvent, UserId
@@ -74,6 +75,116 @@ def test_a_seed_fixes_the_weights(trained: Trained) -> None:
     assert_same(trained, pretrain(tastes(), SPEC, QUICK, device="cpu"))
     other = pretrain(tastes(), SPEC, msgspec.structs.replace(QUICK, seed=1), device="cpu")
     assert not np.array_equal(trained.weights.item_vector, other.weights.item_vector)
+
+
+@pytest.mark.parametrize("name", [n for n in objective.NAMES if n not in ("prequential", "direct")])
+def test_every_objective_trains_and_a_seed_fixes_its_weights(trained: Trained, name: objective.Name) -> None:
+    settings = msgspec.structs.replace(QUICK, epochs=1, objective=objective.Settings(name, inner_rate=1.0))
+    made = pretrain(tastes(200), SPEC, settings, device="cpu")
+    assert_same(made, pretrain(tastes(200), SPEC, settings, device="cpu"))
+    assert all(np.isfinite(array).all() for array in arrays(made.weights).values())
+    usual = pretrain(tastes(200), SPEC, msgspec.structs.replace(QUICK, epochs=1), device="cpu")
+    assert not np.array_equal(made.weights.item_vector, usual.weights.item_vector)
+    assert made.about["objective"]["name"] == name
+
+
+def test_accumulated_batches_make_one_step() -> None:
+    told: list[tuple[int, int, int, float]] = []
+    every = msgspec.structs.replace(QUICK, epochs=1)
+    pretrain(tastes(), SPEC, every, "cpu", lambda *step: told.append(step))
+    batches, losses = len(told), [step[3] for step in told]
+    together: list[tuple[int, int, int, float]] = []
+    all_at_once = msgspec.structs.replace(every, accumulate=batches)
+    pretrain(tastes(), SPEC, all_at_once, "cpu", lambda *step: together.append(step))
+    assert len(together) == 1
+    assert together[0][:3] == (0, 1, 1)
+    assert losses[0] != together[0][3]
+
+
+def test_gradients_of_accumulated_batches_are_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each batch twice, two to a step, is each batch once: but for the order of additions."""
+    settings = msgspec.structs.replace(QUICK, epochs=1, id_dropout=0.0, batch_events=100_000)
+    once = pretrain(tastes(), SPEC, settings, device="cpu")
+    batches = trainer._batches
+    monkeypatch.setattr(trainer, "_batches", lambda *given: batches(*given) * 2)
+    twice = pretrain(tastes(), SPEC, msgspec.structs.replace(settings, accumulate=2), device="cpu")
+    assert_same(once, twice)
+
+
+def seconds_of(clock: Iterator[float], seconds: float, **more: Any) -> tuple[Trained, list[int]]:
+    told: list[tuple[int, int, int, float]] = []
+    settings = msgspec.structs.replace(QUICK, epochs=50, seconds=seconds, **more)
+    made = pretrain(tastes(), SPEC, settings, "cpu", lambda *s: told.append(s), clock=lambda: next(clock))
+    return made, [done for _, done, _, _ in told]
+
+
+def test_a_time_budget_ends_training_and_brings_its_rate_down_in_time() -> None:
+    made, done = seconds_of(iter(range(10_000)), 8.0)
+    assert len(done) == 8
+    assert done[-1] > 50, "the bar goes by the clock"
+    assert made.about["budget_s"] == 8.0
+    both, twice = seconds_of(iter(range(10_000)), 8.0, validation_share=0.1)
+    assert both.figures
+    assert len(twice) == 8, "four seconds for each of two trainings"
+
+
+def test_the_rate_follows_the_clock() -> None:
+    clock = iter([0.0, 1.0, 5.0, 10.0])
+    pace = Pace(steps=100, seconds=10.0, clock=lambda: next(clock))
+    settings = msgspec.structs.replace(QUICK, rate=1.0, warm_up=0.1)
+    _, schedule = trainer._optimiser(torch.nn.Linear(1, 1), settings, 1.0, pace)  # type: ignore[arg-type]
+    rates = []
+    for _ in range(3):
+        pace.advance()
+        schedule.step()
+        rates.append(schedule.get_last_lr()[0])
+    assert rates[0] == pytest.approx(1.0)
+    assert 0.5 < rates[1] < 0.7
+    assert rates[2] == pytest.approx(0.0)
+    assert pace.over
+
+
+def test_training_stops_when_what_was_set_aside_gets_no_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses, seen = iter([0.6, 0.5, 0.55, 0.56, 0.1]), []
+    figures = trainer._figures
+    monkeypatch.setattr(trainer, "_figures", lambda *given: {**figures(*given), "log_loss": next(losses)})
+    settings = msgspec.structs.replace(QUICK, epochs=9, validation_share=0.2, patience=2)
+    epochs: list[int] = []
+    made = pretrain(tastes(), SPEC, settings, "cpu", lambda e, *_: epochs.append(e), lambda *v: seen.append(v))
+    assert seen == [(0, 0.6), (1, 0.5), (2, 0.55), (3, 0.56)]
+    assert made.about["epochs"] == 2, "the second training is as long as the best epoch of the first"
+    assert epochs.count(8) == 0
+    assert max(epochs[len(epochs) // 2 :]) <= 3
+
+
+def test_the_best_epochs_weights_are_kept() -> None:
+    model, losses = torch.nn.Linear(1, 1), iter([2.0, 1.0, 3.0])
+    watch = Watch(lambda *_: next(losses), patience=2)
+    for epoch in range(3):
+        torch.nn.init.constant_(model.weight, epoch)
+        watch.enough(epoch, model, None)
+    watch.restore(model)
+    assert (2, 1.0) == (watch.epochs, model.weight.item())
+
+
+def test_users_set_aside_are_set_aside_whole() -> None:
+    log = sequences.read_log(tastes(), SPEC)
+    held = held_out(log, "users", 0.3, seed=1)
+    assert not set(log.users[held]) & set(log.users[~held])
+    assert 0.25 < held.mean() < 0.4
+    assert not np.array_equal(held, held_out(log, "users", 0.3, seed=2))
+    settings = msgspec.structs.replace(QUICK, validation_share=0.3, validate="users", seed=1, longest=64)
+    assert pretrain(tastes(), SPEC, settings, device="cpu").figures["events"] == held.sum()
+
+
+def test_what_cannot_be_set_aside_is_refused() -> None:
+    log = sequences.read_log(tastes(), SPEC)
+    with pytest.raises(ConfigError, match="validation_share=1"):
+        held_out(log, "later", 1.0, 0)
+    with pytest.raises(ConfigError, match="validate='items' must be later or users"):
+        held_out(log, "items", 0.1, 0)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="1 users are too few"):
+        held_out(log.where(log.users == 0), "users", 0.1, 0)
 
 
 def test_training_leaves_torchs_own_random_numbers_alone() -> None:
