@@ -38,23 +38,23 @@ ROUNDS = 2
 class Rates(msgspec.Struct, frozen=True):
     """What is tuned."""
 
-    taste: float = 1.0  # prior variance of a taste coordinate, times the mean variance of the training users'
-    bias: float = 1.0  # the same of a user's bias
-    noise: float = 2.0  # σ²
+    taste: float = 4.0  # prior variance of a taste coordinate, times the mean variance of the training users'
+    bias: float = 8.0  # the same of a user's bias
+    noise: float = 1.0  # σ²
     leak: float = 0.003  # a; b is three times that
-    items: float = 1.0  # times V₀ of our learner
+    items: float = 0.3  # times V₀ of our learner
     scores: float = 1.0  # times the level scores that the levels' frequencies give
     slope: float = 1.0  # α
 
 
 #: What is tried; the first value of each rate is where the search starts.
 GRID: dict[str, tuple[float, ...]] = {
-    "taste": (1.0, 0.1, 0.25, 0.5, 2.0, 4.0, 8.0),
-    "bias": (1.0, 0.1, 0.25, 0.5, 2.0, 4.0, 8.0),
-    "noise": (2.0, 0.5, 1.0, 4.0),
-    "leak": (0.003, 0.0, 0.01, 0.03),
-    "items": (1.0, 0.1, 0.3, 3.0),
-    "scores": (1.0, 0.5, 0.7, 1.4),
+    "taste": (4.0, 0.5, 1.0, 2.0, 8.0, 16.0, 32.0, 64.0),
+    "bias": (8.0, 1.0, 2.0, 4.0, 16.0, 32.0, 64.0),
+    "noise": (1.0, 0.25, 0.5, 2.0, 4.0),
+    "leak": (0.003, 0.0, 0.001, 0.01, 0.03),
+    "items": (0.3, 0.03, 0.1, 1.0, 3.0),
+    "scores": (1.0, 0.5, 0.7, 1.4, 2.0),
     "slope": (1.0, 0.6, 0.8, 1.25, 1.6),
 }
 

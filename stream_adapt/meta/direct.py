@@ -25,6 +25,10 @@ from stream_adapt.meta.sequences import Columns, Log
 from stream_adapt.meta.trainer import Parameters, Progress, TrainSettings
 from stream_adapt.models import Floats32, LearnerSpec, SlowWeights
 
+#: Decoupled decay of the users' vectors, times the rate: on events 40–50 k of MovieLens-100K, after tuning, 2, 0.5 and
+#: 0.1 gave a log-loss of 0.564, 0.562 and 0.561.
+USER_DECAY = 0.1
+
 
 class WithUsers(Parameters):
     """θ and a vector for each user of the log."""
@@ -34,7 +38,7 @@ class WithUsers(Parameters):
         self.user_id = nn.Parameter(torch.zeros(users, len(self.prior_mean)))  # [users, D+1]
 
     def decays(self, settings: TrainSettings) -> dict[str, float]:
-        return {**super().decays(settings), "user_id": settings.item_decay}
+        return {**super().decays(settings), "user_id": USER_DECAY}
 
     def forward(self, columns: Columns, numbers: Tensor, real: Tensor, id_kept: Tensor | None) -> Sequences:
         seen = super().forward(columns, numbers, real, id_kept)

@@ -131,8 +131,11 @@ def test_a_time_budget_ends_training_and_brings_its_rate_down_in_time() -> None:
 def test_the_rate_follows_the_clock() -> None:
     clock = iter([0.0, 1.0, 5.0, 10.0])
     pace = Pace(steps=100, seconds=10.0, clock=lambda: next(clock))
-    settings = msgspec.structs.replace(QUICK, rate=1.0, warm_up=0.1)
-    _, schedule = trainer._optimiser(torch.nn.Linear(1, 1), settings, 1.0, pace)  # type: ignore[arg-type]
+    log = sequences.read_log(tastes(50), SPEC)
+    vocabulary, levels = sequences.fit(log, SPEC, 100), torch.from_numpy(log.levels)
+    parameters = trainer.Parameters(vocabulary, torch.zeros(16, 0), levels, SPEC, torch.Generator())
+    settings = msgspec.structs.replace(QUICK, warm_up=0.1)
+    _, schedule = trainer._optimiser(parameters, settings, 1.0, pace)
     rates = []
     for _ in range(3):
         pace.advance()
