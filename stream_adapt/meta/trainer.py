@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from stream_adapt.errors import ConfigError, DataError, ModelError
 from stream_adapt.learner.encoder import FittedFeature
 from stream_adapt.meta import objective, sequences
-from stream_adapt.meta.objective import kalman
-from stream_adapt.meta.objective.contract import Problem, Sequences
+from stream_adapt.meta.objective.contract import Problem, Rule, Sequences
 from stream_adapt.meta.objective.kalman import Kalman
+from stream_adapt.meta.objective.prequential import predict
 from stream_adapt.meta.pace import Clock, Pace, Validate, Watch, held_out
 from stream_adapt.meta.sequences import Columns, Log, Vocabulary
 from stream_adapt.models import Floats32, LearnerSpec, SlowWeights
@@ -225,10 +225,15 @@ class Parameters(nn.Module):
             [self.thresholds[: self.target - 1], torch.zeros_like(self.bias), self.thresholds[self.target :]]
         )
 
-    def rule(self) -> Kalman:
+    def rule(self) -> Rule:
         """The update rule under this θ."""
         noise, leak = self.log_noise.exp(), self.log_leak.exp()
         return Kalman(self.log_prior_variance.exp(), noise, leak, self.readout(), self.level_scores)
+
+    def problem(self, columns: Columns, numbers: Tensor, real: Tensor, id_kept: Tensor | None) -> Problem:
+        """What objectives judge of events `numbers` `[B, T]`; see `forward`."""
+        seen = self(columns, numbers, real, id_kept)
+        return Problem(self.rule(), seen, columns.levels[numbers], self.all_thresholds(), self.target)
 
     def forward(self, columns: Columns, numbers: Tensor, real: Tensor, id_kept: Tensor | None) -> Sequences:
         """Reads events `numbers` `[B, T]`; where `id_kept` `[B, T]` is 0 an item's id says nothing."""
@@ -375,10 +380,8 @@ def _loss(
     id_kept = (torch.rand(numbers.shape, generator=generator) >= id_dropout).float()  # [B, T]
     device = columns.users.device
     numbers, real, id_kept = numbers.to(device), real.to(device), id_kept.to(device)
-    seen, levels = parameters(columns, numbers, real, id_kept), columns.levels[numbers]
-    problem = Problem(parameters.rule(), seen, levels, parameters.all_thresholds(), parameters.target)
     try:
-        return aim.judge(problem).mean()
+        return aim.judge(parameters.problem(columns, numbers, real, id_kept)).mean()
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         # K + σ²I has no root only once its numbers overflow.
         raise ModelError(f"training diverged: {error}; lower the rate") from error
@@ -439,8 +442,8 @@ def _judge(parameters: Parameters, columns: Columns, batch: list[Tensor], judged
     numbers, real = sequences.padded(batch)  # [B, T]
     shown = real & judged[numbers]  # [B, T]
     numbers, real, shown = (t.to(columns.users.device) for t in (numbers, real, shown))
-    rule, seen = parameters.rule(), parameters(columns, numbers, real, None)
-    both = rule.closed_form(seen), kalman.logit(kalman.predict_frozen(seen, rule.prior_variance), rule.readout)
+    problem = parameters.problem(columns, numbers, real, None)
+    both = predict(problem), problem.rule.frozen(problem.seen)
     return torch.stack([*both, columns.levels[numbers].float()])[:, shown]  # [3, m]
 
 

@@ -135,9 +135,10 @@ def test_the_rate_follows_the_clock() -> None:
     vocabulary, levels = sequences.fit(log, SPEC, 100), torch.from_numpy(log.levels)
     parameters = trainer.Parameters(vocabulary, torch.zeros(16, 0), levels, SPEC, torch.Generator())
     settings = msgspec.structs.replace(QUICK, warm_up=0.1)
-    _, schedule = trainer._optimiser(parameters, settings, 1.0, pace)
+    optimiser, schedule = trainer._optimiser(parameters, settings, 1.0, pace)
     rates = []
     for _ in range(3):
+        optimiser.step()
         pace.advance()
         schedule.step()
         rates.append(schedule.get_last_lr()[0])
