@@ -127,7 +127,7 @@ def pretrain(
         stop_after = max(1, watch.epochs) if settings.patience else stop_after
     parameters, vocabulary = train(log, spec, each, where, steps, stop_after=stop_after, clock=clock)
     about = {
-        "objective": msgspec.structs.asdict(settings.objective),
+        "objective": objective.told(settings.objective),
         "epochs": stop_after,
         "budget_s": settings.seconds,
     }
