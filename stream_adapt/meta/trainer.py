@@ -118,19 +118,19 @@ def pretrain(
     figures: dict[str, float] = {}
     stop_after = settings.epochs
     if held.any():
+        encoded: list[Columns] = []  # once: the vocabulary stays
 
         def judge(parameters: Parameters, vocabulary: Vocabulary) -> dict[str, float]:
-            return _figures(parameters, sequences.encode(log, vocabulary).to(where), held, settings)
+            if not encoded:
+                encoded.append(sequences.encode(log, vocabulary).to(where))
+            return _figures(parameters, encoded[0], held, settings)
 
         watch = Watch(lambda p, v: judge(p, v)["log_loss"], settings.patience, validated)
         figures = judge(*train(log.where(~held), spec, each, where, steps, watch=watch, clock=clock))
         stop_after = max(1, watch.epochs) if settings.patience else stop_after
     parameters, vocabulary = train(log, spec, each, where, steps, stop_after=stop_after, clock=clock)
-    about = {
-        "objective": objective.told(settings.objective),
-        "epochs": stop_after,
-        "budget_s": settings.seconds,
-    }
+    epochs = round(steps.share * settings.epochs, 2)
+    about = {"objective": objective.told(settings.objective), "epochs": epochs, "budget_s": settings.seconds}
     return Trained(fold(parameters, vocabulary, settings), vocabulary.fitted, figures, about)
 
 
@@ -269,6 +269,7 @@ class Steps:
 
     def __init__(self, progress: Progress | None, trainings: int) -> None:
         self._progress, self.left, self._before = progress, trainings, 0
+        self.share = 0.0  # of its planned steps that the training before did
 
     def __call__(self, epoch: int, pace: Pace, loss: float) -> None:
         """A training did a step; the next training is taken to be as long."""
@@ -283,6 +284,7 @@ class Steps:
         """A training is over."""
         self._before += pace.shown
         self.left -= 1
+        self.share = pace.done / pace.steps
 
 
 def train(

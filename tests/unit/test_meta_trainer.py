@@ -123,6 +123,7 @@ def test_a_time_budget_ends_training_and_brings_its_rate_down_in_time() -> None:
     assert len(done) == 8
     assert done[-1] > 50, "the bar goes by the clock"
     assert made.about["budget_s"] == 8.0
+    assert 0 < made.about["epochs"] < 50, "as many as there was time for"
     both, twice = seconds_of(iter(range(10_000)), 8.0, validation_share=0.1)
     assert both.figures
     assert len(twice) == 8, "four seconds for each of two trainings"
