@@ -22,6 +22,9 @@ from stream_adapt.errors import KafkaRefused, StreamAdaptError
 if TYPE_CHECKING:
     from stream_adapt.repair import Plan
 
+#: As in `meta.objective`, which would import torch.
+OBJECTIVES = ("prequential", "maml", "fomaml", "reptile")
+
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 110}
 
 _config_option = click.option(
@@ -320,6 +323,28 @@ def _source_options(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.argument("source", default="movielens-100k", metavar="[SOURCE]")(command)
 
 
+def _objective_options(command: Callable[..., Any]) -> Callable[..., Any]:
+    command = click.option(
+        "--seconds",
+        default=0.0,
+        show_default="no limit",
+        type=click.FloatRange(min=0),
+        help="Time for training, if its epochs would take longer. By the clock: equal seeds differ then.",
+    )(command)
+    command = click.option(
+        "--support",
+        type=click.FloatRange(min=0),
+        help="maml, fomaml: adapt on so many events of a user, or, below 1, on this share; 8 if not given.",
+    )(command)
+    return click.option(
+        "--objective",
+        default="prequential",
+        show_default=True,
+        type=click.Choice(OBJECTIVES),
+        help="What training minimises.",
+    )(command)
+
+
 @cli.command()
 @_source_options
 @click.option("--fast", is_flag=True, help="As fast as the loop goes, instead of a pace that a person can watch.")
@@ -371,6 +396,28 @@ def demo(as_json: bool, **options: Any) -> None:
     "--dimension", default=16, show_default=True, type=click.IntRange(1, 256), help="Length of a taste vector."
 )
 @click.option("--epochs", type=click.IntRange(min=1), help="Passes over the events; a tested number if not given.")
+@_objective_options
+@click.option(
+    "--validate",
+    default="later",
+    show_default=True,
+    type=click.Choice(["later", "users"]),
+    help="Figures are of a tenth of the events: the last ones, or all those of some users.",
+)
+@click.option(
+    "--patience",
+    default=0,
+    show_default="never",
+    type=click.IntRange(min=0),
+    help="Stop after so many epochs without a lower log-loss on that tenth.",
+)
+@click.option(
+    "--accumulate",
+    default=1,
+    show_default=True,
+    type=click.IntRange(min=1),
+    help="Batches whose gradients make one step.",
+)
 @click.option("--seed", default=0, show_default=True, help="Equal seeds give equal weights on the CPU.")
 @click.option(
     "--device",
@@ -385,6 +432,13 @@ def pretrain(as_json: bool, **request: Any) -> None:
 
     SOURCE is movielens-100k, movielens-1m, synthetic, or the path of a CSV or JSONL log with its --mapping. What is
     learned: representations of items, users' priors, and the rates of the Kalman rule that adapts to each user.
+
+    \b
+    Objectives, all of them learning to learn:
+      prequential  the loss of every event, predicted from the user's earlier ones: what service pays
+      maml         adapt on a user's first events, be judged on the rest; gradients through the updates
+      fomaml       the same without them: noise and level scores are not learned
+      reptile      move the prior to where a few gradient steps on each user lead
     """
     from rich.console import Console
 
@@ -422,6 +476,7 @@ def pretrain(as_json: bool, **request: Any) -> None:
     type=click.IntRange(min=1),
     help="Items learn in each partition by itself, as in service.",
 )
+@_objective_options
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(min=1), help="Trainings; means are given.")
 @click.option("--warm", is_flag=True, help="Users keep the rows that the first half gave them.")
 @click.option(
@@ -434,7 +489,8 @@ def replay(as_json: bool, **options: Any) -> None:
     """Judge the learner on a data set without a broker: score each event, then learn from it, in the order of time.
 
     The first half is for pretraining; figures are of the second half. The code that scores is the one that serves.
-    Baselines: item_mean, running_bias, matrix_factorisation, river_logistic, river_ftrl, vowpal_wabbit, frozen.
+    Baselines: item_mean, running_bias, matrix_factorisation, river_logistic, river_ftrl, vowpal_wabbit, frozen, and
+    direct: the same encoder trained without meta-learning. Objectives: `stream-adapt pretrain -h` says what they are.
     """
     from rich.console import Console
 

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 from rich.console import Console
@@ -20,7 +20,7 @@ from stream_adapt.models import Covariance, LearnerSpec, write_model
 from stream_adapt.record import UserEvent
 
 if TYPE_CHECKING:  # torch takes seconds to import: only where it is used
-    from stream_adapt.meta.trainer import Progress as Told
+    from stream_adapt.meta.objective import Settings
     from stream_adapt.meta.trainer import TrainSettings
 
 
@@ -35,6 +35,12 @@ class Request:
     covariance: Covariance = "diagonal"
     dimension: int = LearnerSpec().dimension
     epochs: int | None = None
+    objective: str = "prequential"
+    support: float | None = None  # of maml and fomaml
+    seconds: float = 0.0  # time for training; 0: as long as it takes
+    validate: str = "later"
+    patience: int = 0
+    accumulate: int = 1
     seed: int = 0
     device: str = "auto"
 
@@ -47,7 +53,8 @@ class Pretrained(msgspec.Struct):
     source: str
     events: int
     seconds: float
-    figures: dict[str, float]  # on the last tenth of the events, of a training that did not see it
+    objective: str
+    figures: dict[str, float]  # on the tenth of the events that was set aside, of a training that did not see it
 
 
 def pretrain_source(request: Request, console: Console) -> Pretrained:
@@ -56,21 +63,22 @@ def pretrain_source(request: Request, console: Console) -> Pretrained:
     Raises:
         ConfigError, DataError, ModelError: each says what is wrong and what to do.
     """
-    from stream_adapt.meta.trainer import TrainSettings, pretrain
+    from stream_adapt.meta.trainer import pretrain
 
     started = time.monotonic()
     source = open_source(request.source, mapping=request.mapping)
     events, count = first_share(source, request.share)
     spec = LearnerSpec(source.features, source.feedback, covariance=request.covariance, dimension=request.dimension)
-    settings = _settings(TrainSettings(seed=request.seed), request)
-    with progress_bar(console) as told:
-        trained = pretrain(events, spec, settings, request.device, told)
-    about = {"source": source.name, "events": count, "share": request.share, "seed": request.seed}
+    settings = _settings(request)
+    with progress_bar(console, settings.objective.name) as told:
+        validated = told.validated if console.is_terminal else None
+        trained = pretrain(events, spec, settings, request.device, told, validated)
+    about = {"source": source.name, "events": count, "share": request.share, "seed": request.seed, **trained.about}
     folder = write_model(
         request.registry, trained.weights, spec, trained.fitted, trained_on=about, figures=trained.figures
     )
     seconds = round(time.monotonic() - started, 3)
-    return Pretrained(str(folder), folder.name, source.name, count, seconds, trained.figures)
+    return Pretrained(str(folder), folder.name, source.name, count, seconds, request.objective, trained.figures)
 
 
 def first_share(source: Source, share: float) -> tuple[Iterator[UserEvent], int]:
@@ -89,19 +97,53 @@ def first_share(source: Source, share: float) -> tuple[Iterator[UserEvent], int]
     return islice(source.events(), kept), kept
 
 
+class Told:
+    """Moves a bar: told of every step, and of the validation loss after every epoch."""
+
+    def __init__(self, bar: Progress, objective: str) -> None:
+        self._bar, self._task = bar, bar.add_task(f"pretraining, {objective}", total=None, loss="reading events")
+        self._validation = ""
+
+    def __call__(self, _epoch: int, done: int, steps: int, loss: float) -> None:
+        self._bar.update(self._task, completed=done, total=steps, loss=f"loss {loss:.3f}{self._validation}")
+
+    def validated(self, _epoch: int, loss: float) -> None:
+        """The log-loss on what was set aside, after an epoch."""
+        self._validation = f", validation {loss:.4f}"
+
+
 @contextmanager
-def progress_bar(console: Console) -> Iterator[Told]:
-    """A bar that the trainer's progress callback moves; gone when the block ends, and never there but on a terminal."""
-    columns = (TextColumn("pretraining"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn())
+def progress_bar(console: Console, objective: str = "prequential") -> Iterator[Told]:
+    """A bar that the trainer's callbacks move; gone when the block ends, and never there but on a terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TaskProgressColumn())
     more = (TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
     with Progress(*columns, *more, console=console, transient=True, disable=not console.is_terminal) as bar:
-        task = bar.add_task("pretraining", total=None, loss="reading events")
-
-        def told(_epoch: int, done: int, steps: int, loss: float) -> None:
-            bar.update(task, completed=done, total=steps, loss=f"loss {loss:.3f}")
-
-        yield told
+        yield Told(bar, objective)
 
 
-def _settings(settings: TrainSettings, request: Request) -> TrainSettings:
-    return settings if request.epochs is None else msgspec.structs.replace(settings, epochs=request.epochs)
+def _settings(request: Request) -> TrainSettings:
+    from stream_adapt.meta.trainer import TrainSettings
+
+    given: dict[str, Any] = {
+        "objective": told_objective(request.objective, request.support),
+        **{name: getattr(request, name) for name in ("seconds", "validate", "patience", "accumulate", "seed")},
+    }
+    if request.epochs is not None:
+        given["epochs"] = request.epochs
+    return TrainSettings(**given)
+
+
+def told_objective(name: str, support: float | None) -> Settings:
+    """The objective that a person named.
+
+    Raises:
+        ConfigError: there is no such objective, or it has no support events to be told of.
+    """
+    from stream_adapt.meta import objective
+
+    if support is not None and name not in ("maml", "fomaml"):
+        raise ConfigError(f"support={support:g}: only maml and fomaml have support events, objective is {name}")
+    given = objective.Settings(name=name)  # type: ignore[arg-type]  # `make` refuses what is not one
+    settings = given if support is None else msgspec.structs.replace(given, support=support)
+    objective.make(settings)
+    return settings

@@ -3,6 +3,7 @@
 | name | what it is | package |
 |---|---|---|
 | `frozen` | the pretrained model without adapting | |
+| `direct` | the learner trained without meta-learning, its rates tuned on the first half: `direct.py` | |
 | `item_mean` | an item's running share of yes, shrunk to that of all | |
 | `running_bias` | the same plus each user's running deviation from it | |
 | `matrix_factorisation` | logistic, by stochastic gradient; rates and size tuned on the first half | |
@@ -10,8 +11,8 @@
 | `river_ftrl` | River's FTRL-Proximal on the same and user × what is said of the item | river |
 | `vowpal_wabbit` | `-q ug -q ui`: user × what is said of the item, user × item | vowpalwabbit |
 
-Each is warmed on the first half, event by event, and goes on learning in the second. Categorical features and bags
-count as "what is said"; numbers and vectors do not.
+`frozen` and `direct` are served as the learner is. Each of the others is warmed on the first half, event by event, and
+goes on learning in the second. Categorical features and bags count as "what is said"; numbers and vectors do not.
 """
 
 from __future__ import annotations
@@ -341,8 +342,10 @@ _KINDS = {
 }
 #: The model itself without adapting: replay has it in any case.
 FROZEN = "frozen"
+#: A model of its own, served by the learner's code.
+DIRECT = "direct"
 #: What can be asked for.
-NAMES = (FROZEN, *_KINDS)
+NAMES = (FROZEN, DIRECT, *_KINDS)
 
 
 @dataclass(frozen=True)

@@ -96,6 +96,11 @@ def cut(source: Source, spec: LearnerSpec, partitions: int, *, warm: bool) -> Ha
     return Halves(first, second)
 
 
+def alone(events: list[UserEvent], spec: LearnerSpec) -> Half:
+    """Events by themselves, as a loop with one partition that is given nothing before them."""
+    return _half(events, Decoder(spec.features, spec.feedback), [0], spec)
+
+
 def two_levels(feedback: Feedback) -> Feedback:
     """Feedback reduced to the target's yes or no."""
     target = feedback.target_level

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal, TypeVar
@@ -28,17 +28,19 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from stream_adapt.adapt import Adapter
 from stream_adapt.datasets import Source, open_source
 from stream_adapt.errors import ConfigError
-from stream_adapt.evaluate import baselines, report
+from stream_adapt.evaluate import baselines, direct, report
 from stream_adapt.evaluate import figures as of
 from stream_adapt.evaluate.figures import Figures, Outcomes
 from stream_adapt.evaluate.halves import Half, Halves, cut, two_levels
 from stream_adapt.evaluate.metrics import Floats
 from stream_adapt.models import Covariance, LearnerSpec, Model, read_model, write_model
+from stream_adapt.pretraining import told_objective
 
 if TYPE_CHECKING:  # torch takes seconds to import: only where it is used
     from stream_adapt.meta.trainer import Trained
 
 Levels = Literal["two", "all"]
+Clock = Callable[[], float]
 
 _T = TypeVar("_T")
 
@@ -56,15 +58,24 @@ class ReplayOptions:
     levels: Levels = "all"  # two: feedback is reduced to the target's yes or no
     covariance: Covariance | None = None  # None: the model's, or diagonal
     partitions: int = 1
+    objective: str = "prequential"  # of pretraining; direct: without meta-learning, as the baseline
+    support: float | None = None  # of maml and fomaml
+    seconds: float = 0.0  # for a pretraining; 0: as long as it takes
     seeds: int = 1  # 0, 1, … of pretraining
     warm: bool = False  # users keep what the first half taught
     device: str = "auto"  # of pretraining
     baselines: str = ""  # names with commas between them, or all
     out: Path | None = None  # folder for the report
+    clock: Clock = time.perf_counter  # of pretraining; processor time compares runs on a machine that others use
 
     def __post_init__(self) -> None:
         if self.partitions < 1 or self.seeds < 1:
             raise ConfigError(f"partitions={self.partitions} and seeds={self.seeds} must be at least 1")
+        if self.model is not None and (self.objective, self.support, self.seconds) != ("prequential", None, 0.0):
+            raise ConfigError(
+                f"objective={self.objective}, support={self.support}, seconds={self.seconds:g}: a model that is there "
+                "is trained; leave out these or --model"
+            )
         if self.model is not None and self.seeds > 1:
             raise ConfigError(
                 f"seeds={self.seeds}: a model that is there already has one; leave out --seeds or --model"
@@ -80,6 +91,7 @@ class ReplayResult(Figures, frozen=True, kw_only=True):
     partitions: int
     levels: Levels
     covariance: Covariance
+    objective: str | None  # None: of the model that was given
     seeds: int
     warm: bool
     model_version: str | None  # of the model that was given
@@ -129,6 +141,7 @@ class Replay:
             partitions=self.options.partitions,
             levels="two" if len(feedback.levels) == 2 else "all",
             covariance=self.spec.covariance,
+            objective=self.options.objective if self.version is None else None,
             seeds=len(adapted),
             warm=self.options.warm,
             model_version=self.version,
@@ -172,7 +185,10 @@ def replay(source: Source, options: ReplayOptions, bar: Progress) -> Replay:
         for seed in range(options.seeds):
             _serve(run, *_pretrained(run, seed, bar), bar)
     for name in names:
-        run.baselines[name] = run.frozen[0] if name == baselines.FROZEN else _baseline(run, name, bar)
+        if name == baselines.FROZEN:
+            run.baselines[name] = run.frozen[0]
+        else:
+            run.baselines[name] = _direct(run, bar) if name == baselines.DIRECT else _baseline(run, name, bar)
     return run
 
 
@@ -198,19 +214,32 @@ def _pretrained(run: Replay, seed: int, bar: Progress) -> tuple[Model, float]:
     """A model that learned from the first half, as service would read it, and the seconds that took."""
     from stream_adapt.meta.trainer import TrainSettings, pretrain
 
-    name = "pretraining" if run.options.seeds == 1 else f"pretraining, seed {seed + 1} of {run.options.seeds}"
+    name = f"pretraining, {run.options.objective}"
+    if run.options.seeds > 1:
+        name += f", seed {seed + 1} of {run.options.seeds}"
     task = bar.add_task(name, total=None)
 
-    def told(_epoch: int, done: int, steps: int, _loss: float) -> None:
-        bar.update(task, completed=done, total=steps)
+    def told(_epoch: int, done: int, steps: int, loss: float) -> None:
+        bar.update(task, completed=done, total=steps, description=f"{name}, loss {loss:.3f}")
 
-    started = time.perf_counter()
+    options = run.options
+    started = options.clock()
     # The second half judges: no events of the first are set aside for that.
-    settings = TrainSettings(seed=seed, validation_share=0.0)
-    trained = pretrain(run.halves.first.events, run.spec, settings, run.options.device, told)
-    seconds = time.perf_counter() - started
+    settings = TrainSettings(
+        seed=seed,
+        validation_share=0.0,
+        objective=told_objective(options.objective, options.support),
+        seconds=options.seconds,
+    )
+    if options.objective == baselines.DIRECT:
+        tuning = partial(_track, bar)
+        model, _ = direct.model(run.halves.first, run.spec, settings, options.device, tuning, told, options.clock)
+    else:
+        trained = pretrain(run.halves.first.events, run.spec, settings, options.device, told, clock=options.clock)
+        model = _as_served(trained, run.spec)
+    seconds = options.clock() - started
     bar.remove_task(task)
-    return _as_served(trained, run.spec), seconds
+    return model, seconds
 
 
 def _as_served(trained: Trained, spec: LearnerSpec) -> Model:
@@ -247,6 +276,14 @@ def _baseline(run: Replay, name: str, bar: Progress) -> Said:
     threshold = of.best_threshold(measured.earlier, run.halves.first.targets)
     made = of.figures(measured.later, run.outcomes, threshold, measured.train_s, measured.events_per_s)
     return Said(measured.later, made)
+
+
+def _direct(run: Replay, bar: Progress) -> Said:
+    """The same encoder trained without meta-learning, tuned on the first half, and served as the model is."""
+    options = replace(run.options, objective=baselines.DIRECT, support=None, model=None, seeds=1)
+    other = Replay(options, run.source, run.spec, run.halves)
+    _serve(other, *_pretrained(other, 0, bar), bar)
+    return other.adapted[0]
 
 
 def _track(bar: Progress, things: Sequence[_T], what: str, every: int = 1) -> Iterator[_T]:

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 from stream_adapt.errors import ConfigError, DataError, ModelError
 from stream_adapt.learner.encoder import FittedFeature
 from stream_adapt.meta import objective, sequences
-from stream_adapt.meta.objective import kalman
-from stream_adapt.meta.objective.contract import Problem, Sequences
+from stream_adapt.meta.objective.contract import Problem, Rule, Sequences
 from stream_adapt.meta.objective.kalman import Kalman
+from stream_adapt.meta.objective.prequential import predict
 from stream_adapt.meta.pace import Clock, Pace, Validate, Watch, held_out
 from stream_adapt.meta.sequences import Columns, Log, Vocabulary
 from stream_adapt.models import Floats32, LearnerSpec, SlowWeights
@@ -113,25 +113,25 @@ def pretrain(
     _check(log, spec)
     where = torch_device(device)
     held = held_out(log, settings.validate, settings.validation_share, settings.seed)  # [n]
-    steps = _Steps(progress, trainings=2 if held.any() else 1)
+    steps = Steps(progress, trainings=2 if held.any() else 1)
     each = msgspec.structs.replace(settings, seconds=settings.seconds / steps.left)
     figures: dict[str, float] = {}
     stop_after = settings.epochs
     if held.any():
+        encoded: list[Columns] = []  # once: the vocabulary stays
 
         def judge(parameters: Parameters, vocabulary: Vocabulary) -> dict[str, float]:
-            return _figures(parameters, sequences.encode(log, vocabulary).to(where), held, settings)
+            if not encoded:
+                encoded.append(sequences.encode(log, vocabulary).to(where))
+            return _figures(parameters, encoded[0], held, settings)
 
         watch = Watch(lambda p, v: judge(p, v)["log_loss"], settings.patience, validated)
-        figures = judge(*_train(log.where(~held), spec, each, where, steps, watch=watch, clock=clock))
+        figures = judge(*train(log.where(~held), spec, each, where, steps, watch=watch, clock=clock))
         stop_after = max(1, watch.epochs) if settings.patience else stop_after
-    parameters, vocabulary = _train(log, spec, each, where, steps, stop_after=stop_after, clock=clock)
-    about = {
-        "objective": msgspec.structs.asdict(settings.objective),
-        "epochs": stop_after,
-        "budget_s": settings.seconds,
-    }
-    return Trained(_fold(parameters, vocabulary, settings), vocabulary.fitted, figures, about)
+    parameters, vocabulary = train(log, spec, each, where, steps, stop_after=stop_after, clock=clock)
+    epochs = round(steps.share * settings.epochs, 2)
+    about = {"objective": objective.told(settings.objective), "epochs": epochs, "budget_s": settings.seconds}
+    return Trained(fold(parameters, vocabulary, settings), vocabulary.fitted, figures, about)
 
 
 def torch_device(name: str) -> torch.device:
@@ -203,6 +203,10 @@ class Parameters(nn.Module):
         self.register_buffer("popularity", popularity)  # [I+1]
         self.target = spec.feedback.target_level
 
+    def decays(self, settings: TrainSettings) -> dict[str, float]:
+        """Decoupled decay of each parameter that has one."""
+        return {"id_vector": settings.item_decay, "id_bias": settings.item_bias_decay}
+
     def item_content(self) -> Tensor:
         """What co-occurrence and popularity add to x̃ `[I+1, D+1]`; zeros for the unknown item, the last."""
         return self.cooccurrence @ self.cooccurrence_weight + self.popularity[:, None] * self.popularity_weight
@@ -221,10 +225,15 @@ class Parameters(nn.Module):
             [self.thresholds[: self.target - 1], torch.zeros_like(self.bias), self.thresholds[self.target :]]
         )
 
-    def rule(self) -> Kalman:
+    def rule(self) -> Rule:
         """The update rule under this θ."""
         noise, leak = self.log_noise.exp(), self.log_leak.exp()
         return Kalman(self.log_prior_variance.exp(), noise, leak, self.readout(), self.level_scores)
+
+    def problem(self, columns: Columns, numbers: Tensor, real: Tensor, id_kept: Tensor | None) -> Problem:
+        """What objectives judge of events `numbers` `[B, T]`; see `forward`."""
+        seen = self(columns, numbers, real, id_kept)
+        return Problem(self.rule(), seen, columns.levels[numbers], self.all_thresholds(), self.target)
 
     def forward(self, columns: Columns, numbers: Tensor, real: Tensor, id_kept: Tensor | None) -> Sequences:
         """Reads events `numbers` `[B, T]`; where `id_kept` `[B, T]` is 0 an item's id says nothing."""
@@ -255,11 +264,12 @@ def _level_priors(levels: Tensor, spec: LearnerSpec) -> tuple[Tensor, Tensor]:
     return scores.float(), (cut - torch.logit(below[1:])).float()
 
 
-class _Steps:
+class Steps:
     """Counts the steps of one or two trainings as one."""
 
     def __init__(self, progress: Progress | None, trainings: int) -> None:
         self._progress, self.left, self._before = progress, trainings, 0
+        self.share = 0.0  # of its planned steps that the training before did
 
     def __call__(self, epoch: int, pace: Pace, loss: float) -> None:
         """A training did a step; the next training is taken to be as long."""
@@ -274,26 +284,27 @@ class _Steps:
         """A training is over."""
         self._before += pace.shown
         self.left -= 1
+        self.share = pace.done / pace.steps
 
 
-def _train(
+def train(
     log: Log,
     spec: LearnerSpec,
     settings: TrainSettings,
     device: torch.device,
-    told: _Steps,
+    told: Steps,
     *,
     watch: Watch | None = None,
     stop_after: int | None = None,
     clock: Clock = time.monotonic,
-    kind: type[Parameters] | None = None,
+    kind: Callable[..., Parameters] = Parameters,
 ) -> tuple[Parameters, Vocabulary]:
-    """Trains θ, of `kind` if given, until epochs (at most `stop_after`) or seconds are over, or `watch` ends it."""
+    """Trains θ, as `kind` makes it, until epochs (at most `stop_after`) or seconds are over, or `watch` ends it."""
     started, generator = clock(), torch.Generator().manual_seed(settings.seed)
     vocabulary = sequences.fit(log, spec, settings.max_items)
     columns = sequences.encode(log, vocabulary)
     content = _cooccurrence(columns, len(vocabulary.item_hash), settings)
-    parameters = (kind or Parameters)(vocabulary, content, columns.levels, spec, generator).to(device)
+    parameters = kind(vocabulary, content, columns.levels, spec, generator).to(device)
     batches = _batches(sequences.windows(columns.users, settings.longest), settings.batch_events or _usual(len(log)))
     columns, aim = columns.to(device), objective.make(settings.objective)
     steps = settings.epochs * -(-len(batches) // settings.accumulate)
@@ -346,7 +357,7 @@ def _batches(windows: list[Tensor], events: int) -> list[list[Tensor]]:
 def _optimiser(
     parameters: Parameters, settings: TrainSettings, rate: float, pace: Pace
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    decays = {"id_vector": settings.item_decay, "id_bias": settings.item_bias_decay}
+    decays = parameters.decays(settings)
     groups = [{"params": [p], "weight_decay": decays.get(name, 0.0)} for name, p in parameters.named_parameters()]
     optimiser = torch.optim.AdamW(groups, lr=rate, betas=settings.betas)
     warm = max(1, round(settings.warm_up * pace.steps))
@@ -371,16 +382,14 @@ def _loss(
     id_kept = (torch.rand(numbers.shape, generator=generator) >= id_dropout).float()  # [B, T]
     device = columns.users.device
     numbers, real, id_kept = numbers.to(device), real.to(device), id_kept.to(device)
-    seen, levels = parameters(columns, numbers, real, id_kept), columns.levels[numbers]
-    problem = Problem(parameters.rule(), seen, levels, parameters.all_thresholds(), parameters.target)
     try:
-        return aim.judge(problem).mean()
+        return aim.judge(parameters.problem(columns, numbers, real, id_kept)).mean()
     except torch.linalg.LinAlgError as error:  # type: ignore[attr-defined]
         # K + σ²I has no root only once its numbers overflow.
         raise ModelError(f"training diverged: {error}; lower the rate") from error
 
 
-def _fold(parameters: Parameters, vocabulary: Vocabulary, settings: TrainSettings) -> SlowWeights:
+def fold(parameters: Parameters, vocabulary: Vocabulary, settings: TrainSettings) -> SlowWeights:
     """θ as service reads it."""
 
     def array(tensor: Tensor) -> Floats32:
@@ -435,8 +444,8 @@ def _judge(parameters: Parameters, columns: Columns, batch: list[Tensor], judged
     numbers, real = sequences.padded(batch)  # [B, T]
     shown = real & judged[numbers]  # [B, T]
     numbers, real, shown = (t.to(columns.users.device) for t in (numbers, real, shown))
-    rule, seen = parameters.rule(), parameters(columns, numbers, real, None)
-    both = rule.closed_form(seen), kalman.logit(kalman.predict_frozen(seen, rule.prior_variance), rule.readout)
+    problem = parameters.problem(columns, numbers, real, None)
+    both = predict(problem), problem.rule.frozen(problem.seen)
     return torch.stack([*both, columns.levels[numbers].float()])[:, shown]  # [3, m]
 
 

@@ -272,7 +272,7 @@ def test_adapting_on_all_but_the_last_event_judges_it_as_prequential_does() -> N
     torch.testing.assert_close(said[0], said[1], rtol=1e-7, atol=1e-7)
 
 
-@pytest.mark.parametrize("aim", [Maml(), Maml(support=0), Maml(first_order=True)], ids=["share", "none", "first order"])
+@pytest.mark.parametrize("aim", [Maml(0.5), Maml(0), Maml(0.5, first_order=True)], ids=["share", "none", "first order"])
 def test_closed_rows_are_those_of_the_updates(aim: Maml, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = batch([40, 1, 17, 33])
     losses, expected = aim.judge(problem(theta(), seen)).losses, gradients(aim, seen)
@@ -291,7 +291,7 @@ def test_queries_teach_nothing() -> None:
 
 def test_second_order_sees_what_only_acts_through_the_updates() -> None:
     seen = batch([8, 8, 6])
-    second, first = gradients(Maml(), seen), gradients(Maml(first_order=True), seen)
+    second, first = gradients(Maml(0.5), seen), gradients(Maml(0.5, first_order=True), seen)
     for name in ("log_noise", "level_scores"):
         assert getattr(second, name).abs().max() > 1e-3, name
         assert getattr(first, name).abs().max() == 0.0, name

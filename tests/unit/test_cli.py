@@ -72,6 +72,12 @@ def test_every_command_can_answer_in_json(words: tuple[str, ...]) -> None:
     assert "--json" in [name for param in LEAVES[words].params for name in param.opts]
 
 
+def test_objectives_are_those_that_the_outer_loop_knows() -> None:
+    from stream_adapt.meta import objective
+
+    assert objective.NAMES == (*cli.OBJECTIVES, "direct")
+
+
 def test_version(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_main(monkeypatch, "--version") == 0
     assert capsys.readouterr().out == f"stream-adapt, version {__version__}\n"

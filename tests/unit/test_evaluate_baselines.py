@@ -13,7 +13,7 @@ from stream_adapt.datasets import Source, synthetic
 from stream_adapt.datasets.movielens import FEATURES
 from stream_adapt.errors import ConfigError
 from stream_adapt.evaluate import baselines, metrics
-from stream_adapt.evaluate.baselines import FROZEN, NAMES, Said, chosen, measure, package_of
+from stream_adapt.evaluate.baselines import DIRECT, FROZEN, NAMES, Said, chosen, measure, package_of
 from stream_adapt.evaluate.halves import Halves, cut
 from stream_adapt.models import LearnerSpec
 from stream_adapt.record import ItemId, UserEvent, UserId
@@ -27,7 +27,7 @@ def _param(name: str) -> object:
     return pytest.param(name, marks=pytest.mark.skipif(not there, reason=f"{package} is not installed"))
 
 
-every = pytest.mark.parametrize("name", [_param(name) for name in NAMES if name != FROZEN])
+every = pytest.mark.parametrize("name", [_param(name) for name in NAMES if name not in (FROZEN, DIRECT)])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -124,7 +124,7 @@ def test_what_is_said_are_words_of_categories_and_bags() -> None:
 def test_names_are_chosen_once_each_and_unknown_ones_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     assert ((), ()) == chosen("")
     assert (("item_mean", "frozen"), ()) == chosen("item_mean, frozen,item_mean")
-    with pytest.raises(ConfigError, match="'svd' is not one of frozen, item_mean"):
+    with pytest.raises(ConfigError, match="'svd' is not one of frozen, direct, item_mean"):
         chosen("svd")
     monkeypatch.setattr(baselines.importlib.util, "find_spec", lambda _: None)
     assert {"river_logistic", "river_ftrl", "vowpal_wabbit"} == set(chosen("all")[1])

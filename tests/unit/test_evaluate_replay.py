@@ -180,10 +180,23 @@ def test_without_any_yes_nothing_is_made_up() -> None:
     assert figures.accuracy == 1.0
 
 
+def test_the_objective_of_training_can_be_chosen(source: Source) -> None:
+    usual, other = (
+        replay(source, ReplayOptions(device="cpu", objective=name, support=support), quiet())
+        for name, support in (("prequential", None), ("maml", 4.0))
+    )
+    assert ("prequential", "maml") == (usual.result().objective, other.result().objective)
+    assert usual.frozen[0].probabilities.tobytes() != other.frozen[0].probabilities.tobytes()
+
+
 def test_options_that_contradict_each_other_are_refused(source: Source, model: Path) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         ReplayOptions(partitions=0)
     with pytest.raises(ConfigError, match="leave out --seeds or --model"):
         ReplayOptions(model=model, seeds=3)
+    with pytest.raises(ConfigError, match="a model that is there is trained"):
+        ReplayOptions(model=model, objective="maml")
+    with pytest.raises(ConfigError, match="only maml and fomaml have support events"):
+        replay(source, ReplayOptions(objective="reptile", support=4.0), quiet())
     with pytest.raises(ConfigError, match="not for two"):
         replay(source, ReplayOptions(model=model, levels="two"), quiet())

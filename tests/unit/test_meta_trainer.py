@@ -14,7 +14,8 @@ import torch
 from stream_adapt.errors import ConfigError, DataError, ModelError
 from stream_adapt.learner.encoder import Bag, Categorical, FeatureReader, Numeric, features_struct
 from stream_adapt.learner.feedback import Feedback, LabelCuts
-from stream_adapt.meta import sequences, trainer
+from stream_adapt.meta import objective, sequences, trainer
+from stream_adapt.meta.pace import Pace, Watch, held_out
 from stream_adapt.meta.trainer import Trained, TrainSettings, pretrain
 from stream_adapt.models import LearnerSpec, SlowWeights, read_model, write_model
 from stream_adapt.record import ItemId, UserEvent, UserId
@@ -76,6 +77,121 @@ def test_a_seed_fixes_the_weights(trained: Trained) -> None:
     assert not np.array_equal(trained.weights.item_vector, other.weights.item_vector)
 
 
+@pytest.mark.parametrize("name", [n for n in objective.NAMES if n not in ("prequential", "direct")])
+def test_every_objective_trains_and_a_seed_fixes_its_weights(trained: Trained, name: objective.Name) -> None:
+    settings = msgspec.structs.replace(QUICK, epochs=1, objective=objective.Settings(name, inner_rate=1.0))
+    made = pretrain(tastes(200), SPEC, settings, device="cpu")
+    assert_same(made, pretrain(tastes(200), SPEC, settings, device="cpu"))
+    assert all(np.isfinite(array).all() for array in arrays(made.weights).values())
+    usual = pretrain(tastes(200), SPEC, msgspec.structs.replace(QUICK, epochs=1), device="cpu")
+    assert not np.array_equal(made.weights.item_vector, usual.weights.item_vector)
+    assert made.about["objective"]["name"] == name
+
+
+def test_accumulated_batches_make_one_step() -> None:
+    told: list[tuple[int, int, int, float]] = []
+    every = msgspec.structs.replace(QUICK, epochs=1)
+    pretrain(tastes(), SPEC, every, "cpu", lambda *step: told.append(step))
+    batches, losses = len(told), [step[3] for step in told]
+    together: list[tuple[int, int, int, float]] = []
+    all_at_once = msgspec.structs.replace(every, accumulate=batches)
+    pretrain(tastes(), SPEC, all_at_once, "cpu", lambda *step: together.append(step))
+    assert len(together) == 1
+    assert together[0][:3] == (0, 1, 1)
+    assert losses[0] != together[0][3]
+
+
+def test_gradients_of_accumulated_batches_are_their_mean(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each batch twice, two to a step, is each batch once: but for the order of additions."""
+    settings = msgspec.structs.replace(QUICK, epochs=1, id_dropout=0.0, batch_events=100_000)
+    once = pretrain(tastes(), SPEC, settings, device="cpu")
+    batches = trainer._batches
+    monkeypatch.setattr(trainer, "_batches", lambda *given: batches(*given) * 2)
+    twice = pretrain(tastes(), SPEC, msgspec.structs.replace(settings, accumulate=2), device="cpu")
+    assert_same(once, twice)
+
+
+def seconds_of(clock: Iterator[float], seconds: float, **more: Any) -> tuple[Trained, list[int]]:
+    told: list[tuple[int, int, int, float]] = []
+    settings = msgspec.structs.replace(QUICK, epochs=50, seconds=seconds, **more)
+    made = pretrain(tastes(), SPEC, settings, "cpu", lambda *s: told.append(s), clock=lambda: next(clock))
+    return made, [done for _, done, _, _ in told]
+
+
+def test_a_time_budget_ends_training_and_brings_its_rate_down_in_time() -> None:
+    made, done = seconds_of(iter(range(10_000)), 8.0)
+    assert len(done) == 8
+    assert done[-1] > 50, "the bar goes by the clock"
+    assert made.about["budget_s"] == 8.0
+    assert 0 < made.about["epochs"] < 50, "as many as there was time for"
+    both, twice = seconds_of(iter(range(10_000)), 8.0, validation_share=0.1)
+    assert both.figures
+    assert len(twice) == 8, "four seconds for each of two trainings"
+
+
+def test_the_rate_follows_the_clock() -> None:
+    clock = iter([0.0, 1.0, 5.0, 10.0])
+    pace = Pace(steps=100, seconds=10.0, clock=lambda: next(clock))
+    log = sequences.read_log(tastes(50), SPEC)
+    vocabulary, levels = sequences.fit(log, SPEC, 100), torch.from_numpy(log.levels)
+    parameters = trainer.Parameters(vocabulary, torch.zeros(16, 0), levels, SPEC, torch.Generator())
+    settings = msgspec.structs.replace(QUICK, warm_up=0.1)
+    optimiser, schedule = trainer._optimiser(parameters, settings, 1.0, pace)
+    rates = []
+    for _ in range(3):
+        optimiser.step()
+        pace.advance()
+        schedule.step()
+        rates.append(schedule.get_last_lr()[0])
+    assert rates[0] == pytest.approx(1.0)
+    assert 0.5 < rates[1] < 0.7
+    assert rates[2] == pytest.approx(0.0)
+    assert pace.over
+
+
+def test_training_stops_when_what_was_set_aside_gets_no_better(monkeypatch: pytest.MonkeyPatch) -> None:
+    losses, seen = iter([0.6, 0.5, 0.55, 0.56, 0.1]), []
+    figures = trainer._figures
+    monkeypatch.setattr(trainer, "_figures", lambda *given: {**figures(*given), "log_loss": next(losses)})
+    settings = msgspec.structs.replace(QUICK, epochs=9, validation_share=0.2, patience=2)
+    epochs: list[int] = []
+    made = pretrain(tastes(), SPEC, settings, "cpu", lambda e, *_: epochs.append(e), lambda *v: seen.append(v))
+    assert seen == [(0, 0.6), (1, 0.5), (2, 0.55), (3, 0.56)]
+    assert made.about["epochs"] == 2, "the second training is as long as the best epoch of the first"
+    assert epochs.count(8) == 0
+    assert max(epochs[len(epochs) // 2 :]) <= 3
+
+
+def test_the_best_epochs_weights_are_kept() -> None:
+    model, losses = torch.nn.Linear(1, 1), iter([2.0, 1.0, 3.0])
+    watch = Watch(lambda *_: next(losses), patience=2)
+    for epoch in range(3):
+        torch.nn.init.constant_(model.weight, epoch)
+        watch.enough(epoch, model, None)
+    watch.restore(model)
+    assert (2, 1.0) == (watch.epochs, model.weight.item())
+
+
+def test_users_set_aside_are_set_aside_whole() -> None:
+    log = sequences.read_log(tastes(), SPEC)
+    held = held_out(log, "users", 0.3, seed=1)
+    assert not set(log.users[held]) & set(log.users[~held])
+    assert 0.25 < held.mean() < 0.4
+    assert not np.array_equal(held, held_out(log, "users", 0.3, seed=2))
+    settings = msgspec.structs.replace(QUICK, validation_share=0.3, validate="users", seed=1, longest=64)
+    assert pretrain(tastes(), SPEC, settings, device="cpu").figures["events"] == held.sum()
+
+
+def test_what_cannot_be_set_aside_is_refused() -> None:
+    log = sequences.read_log(tastes(), SPEC)
+    with pytest.raises(ConfigError, match="validation_share=1"):
+        held_out(log, "later", 1.0, 0)
+    with pytest.raises(ConfigError, match="validate='items' must be later or users"):
+        held_out(log, "items", 0.1, 0)  # type: ignore[arg-type]
+    with pytest.raises(DataError, match="1 users are too few"):
+        held_out(log.where(log.users == 0), "users", 0.1, 0)
+
+
 def test_training_leaves_torchs_own_random_numbers_alone() -> None:
     torch.manual_seed(5)
     expected = torch.rand(3)
@@ -119,8 +235,8 @@ def test_folded_weights_say_what_the_trained_parameters_say() -> None:
     events = tastes()
     events[7] = msgspec.structs.replace(events[7], item_id=ItemId("never seen"))
     log = sequences.read_log(tastes(), SPEC)
-    parameters, vocabulary = trainer._train(log, SPEC, QUICK, torch.device("cpu"), trainer._Steps(None, 1))
-    weights = trainer._fold(parameters, vocabulary, QUICK)
+    parameters, vocabulary = trainer.train(log, SPEC, QUICK, torch.device("cpu"), trainer.Steps(None, 1))
+    weights = trainer.fold(parameters, vocabulary, QUICK)
     judged = sequences.read_log(events, SPEC)
     x, prior = unfolded(parameters, judged, sequences.encode(judged, vocabulary))
     for k in (0, 7, 11, 399):
@@ -138,7 +254,7 @@ def test_small_logs_get_small_batches_and_few_cooccurrence_features() -> None:
 
 def test_an_unknown_item_is_its_features_alone() -> None:
     log = sequences.read_log(tastes(), SPEC)
-    parameters, _ = trainer._train(log, SPEC, QUICK, torch.device("cpu"), trainer._Steps(None, 1))
+    parameters, _ = trainer.train(log, SPEC, QUICK, torch.device("cpu"), trainer.Steps(None, 1))
     with torch.no_grad():
         assert parameters.item_id()[-1].abs().sum() == 0.0
         assert parameters.item_content()[-1].abs().sum() == 0.0
@@ -153,9 +269,9 @@ def test_labels_after_the_training_slice_change_figures_but_not_the_rehearsed_we
 
     def rehearse(events: list[UserEvent]) -> tuple[SlowWeights, dict[str, float]]:
         log, device = sequences.read_log(events, SPEC), torch.device("cpu")
-        parameters, vocabulary = trainer._train(log.head(360), SPEC, QUICK, device, trainer._Steps(None, 1))
+        parameters, vocabulary = trainer.train(log.head(360), SPEC, QUICK, device, trainer.Steps(None, 1))
         figures = trainer._figures(parameters, sequences.encode(log, vocabulary), np.arange(400) >= 360, QUICK)
-        return trainer._fold(parameters, vocabulary, QUICK), figures
+        return trainer.fold(parameters, vocabulary, QUICK), figures
 
     (before, figures), (after, others) = rehearse(tastes()), rehearse(relabelled(tastes(), 360))
     for name, array in arrays(before).items():

@@ -72,6 +72,9 @@ class Rule(Protocol):
     def step(self, rows: Rows, events: Events) -> tuple[Tensor, Rows]:
         """What `read` says, and the rows after the events; the row of an UNTAUGHT event stays as it was."""
 
+    def frozen(self, seen: Sequences) -> Tensor:
+        """Logits `[B, T]` of the prior alone: the same model without adaptation."""
+
     def closed_form(self, seen: Sequences) -> Tensor | None:
         """Logits `[B, T]` of every event, learned from those before it; None where the rule has no closed form."""
 

@@ -132,6 +132,10 @@ class Kalman:
         reading = batched.read(self._theta, users, seen)
         return self._logits(reading, events), batched.write(self._theta, users, seen, reading).users
 
+    def frozen(self, seen: Sequences) -> Tensor:
+        """Logits `[B, T]` at d = 0, P = P₀."""
+        return logit(predict_frozen(seen, self.prior_variance), self.readout)
+
     def closed_form(self, seen: Sequences) -> Tensor:
         """Logits `[B, T]`, by one Cholesky factorisation."""
         return logit(predict(seen, self.prior_variance, self.noise, self.leak), self.readout)

@@ -28,7 +28,7 @@ class Maml:
     and a query.
     """
 
-    support: float = 0.5  # events adapted on: their number, or, below 1, their share of a sequence
+    support: float = 8.0  # events adapted on: their number, or, below 1, their share of a sequence
     first_order: bool = False
 
     def judge(self, problem: Problem) -> Judged:
