@@ -24,7 +24,7 @@ from stream_adapt.runner import Observers, Pace, Runner
 from stream_adapt.testing.clocks import SettableClock
 from stream_adapt.testing.scripted import Crash, Effect, Killed, Point, Record, ScriptedBroker, ScriptedConsumer
 
-TOPICS = TopicNames("events", "scores", "dead-letters")
+TOPICS = TopicNames("events", "scores", "dead-letters", "changelog")
 MODEL = random_model("diagonal")
 FENCE_WINDOW_S = 15.0
 #: No script is so long that a member would have to be started more often.
