@@ -281,6 +281,8 @@ def _carry(config: Config, consumer: InputConsumer, producer: OutputProducer, ev
     while done < events:
         polling = time.perf_counter()
         raw = consumer.poll(config.input.max_batch, config.input.latency_ms / 1000)
+        if consumer.paused:
+            consumer.resume([*consumer.paused])  # there are no rows to wait for
         if not len(raw):
             continue
         started = started or polling

@@ -122,18 +122,21 @@ class Emitter:
         )
 
     def rows(self, overlay: Overlay, shards: Iterable[ControlRow]) -> Iterator[Outputs]:
-        """Every row that changed since the last commit, tombstones of those that were dropped, and control rows.
+        """Tombstones of rows dropped since the last commit, rows that changed, and control rows.
 
-        Each goes to the changelog's partition of its shard's number, whatever its key.
+        In this order: a row that was dropped and came again is there. Each goes to the changelog's partition of its
+        shard's number, whatever its key.
         """
         topic = self._topics.changelog
+        removed = [(PREFIX[table.layout.kind] + row_id.encode(), None, p) for table, p, row_id in overlay.removed]
+        if removed:
+            yield _by_partition(topic, *zip(*removed, strict=True))
         for table, slots in overlay.changed():
             if len(slots):
                 yield _changed(topic, table, slots)
-        removed = [(PREFIX[table.layout.kind] + row_id.encode(), None, p) for table, p, row_id in overlay.removed]
         controls = [(CONTROL_KEY, row.to_bytes(), row.partition) for row in shards]
-        if removed or controls:
-            yield _by_partition(topic, *zip(*removed, *controls, strict=True))
+        if controls:
+            yield _by_partition(topic, *zip(*controls, strict=True))
 
     def _headers(self, letter: DeadLetter, truncated: bool) -> list[tuple[str, bytes | None]]:
         headers: list[tuple[str, bytes | None]] = [

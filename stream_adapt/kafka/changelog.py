@@ -29,6 +29,8 @@ Properties = Mapping[str, str | int | float | bool]
 
 _REQUEST_TIMEOUT_S = 10.0
 _BETWEEN_TRIES_S = 0.2
+#: Where the log begins and ends is asked during a rebalance: both answers far within max.poll.interval.ms.
+_ENDS_DEADLINE_S = 30.0
 #: Records that are handed out together: bulk work pays from hundreds on, and a slice of time is kept.
 _MOST_RECORDS = 10_000
 
@@ -183,8 +185,8 @@ class ChangelogReader:
         admin = AdminClient({k: v for k, v in self._properties.items() if not k.startswith(_CONSUMERS_OWN)})
         asked = [self._at(partition) for partition in partitions]
         return (
-            log_offsets(admin, asked, "earliest", self._stall_s),
-            log_offsets(admin, asked, "latest", self._stall_s),
+            log_offsets(admin, asked, "earliest", _ENDS_DEADLINE_S),
+            log_offsets(admin, asked, "latest", _ENDS_DEADLINE_S),
         )
 
     def _at(self, partition: int, offset: int = OFFSET_BEGINNING) -> TopicPartition:
