@@ -65,6 +65,11 @@ class Table:
         return self._slab.rows
 
     @property
+    def _bytes(self) -> npt.NDArray[np.uint8]:
+        """The slab as bytes `[capacity, row_bytes]`."""
+        return self.rows.view(np.uint8).reshape(len(self.rows), -1)
+
+    @property
     def slab_bytes(self) -> int:
         """What the slab takes, in memory or on the disk."""
         return self._slab.nbytes
@@ -201,7 +206,8 @@ class Table:
         self.ids[slot], self.partition_of[slot] = row_id, partition
 
     def free(self, partition: int, slot: int) -> None:
-        """Lets a slot of the partition's extents be used again."""
+        """Wipes a slot of the partition's extents, and lets it be used again."""
+        self._bytes[slot] = 0
         self._free[partition].append(slot)
 
     def _occupied_by(self, partition: int) -> Slots:
@@ -219,7 +225,7 @@ class Table:
         """Starts m rows that are not there yet."""
         slots = self._link(partition, row_ids)
         self.created.extend(slots.tolist())
-        self.rows.view(np.uint8).reshape(len(self.rows), -1)[slots] = 0
+        self._bytes[slots] = 0
         self._touched_in[slots] = self._round
         self._start(self.rows, slots, row_ids)
 

@@ -167,7 +167,13 @@ def test_the_consumer_takes_the_golden_requests_for_erasures() -> None:
 
 
 def test_emitted_receipts_are_valid_and_say_what_they_are() -> None:
-    emitter = Emitter(TopicNames(events="app.events", scores="app.scores", dead_letters="app.dead-letters"), "v1", 1)
+    emitter = Emitter(
+        TopicNames(
+            events="app.events", scores="app.scores", dead_letters="app.dead-letters", changelog="app.changelog"
+        ),
+        "v1",
+        1,
+    )
     nothing = np.zeros(0)
     erasures = [Erasure("e", UserId("u"), 5, 2, 7, 0), Erasure("e", UserId("u"), 5, 3, 1, 0)]
     batch = Batch([], [], [], [], nothing.astype(int), nothing, nothing, nothing, erasures)
@@ -181,7 +187,13 @@ def test_emitted_receipts_are_valid_and_say_what_they_are() -> None:
 
 
 def test_a_dead_letter_keeps_the_records_own_headers_and_the_count_of_replays() -> None:
-    emitter = Emitter(TopicNames(events="app.events", scores="app.scores", dead_letters="app.dead-letters"), "v1", 1)
+    emitter = Emitter(
+        TopicNames(
+            events="app.events", scores="app.scores", dead_letters="app.dead-letters", changelog="app.changelog"
+        ),
+        "v1",
+        1,
+    )
     own = [("trace", b"1"), ("stream-adapt.reason", b"old"), ("stream-adapt.replays", b"2"), ("trace", None)]
     emitted = emitter.dead_letters([DeadLetter(b"u", b"{", 2, 7, "not_json", "", own)])
     assert emitted.headers is not None
