@@ -43,7 +43,7 @@ FAULTS = (
     Fault("EndTxn answered by closing", "Close at the response", f"{_WAY}[EndTxn answered by closing]"),
     Fault(
         "EndTxn delayed into the next transaction",
-        "Hold until the next transaction has sent its offsets",
+        "Hold until the next transaction has sent its records",
         f"{_FAULTS}a_late_end_of_a_transaction_does_not_meet_the_next_one",
     ),
     Fault(

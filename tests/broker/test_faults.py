@@ -27,9 +27,11 @@ from broker_app import ITEMS, STARS, App, event
 from confluent_kafka import KafkaError, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions
 
+from stream_adapt.kafka.producer import OutputProducer
 from stream_adapt.kafka.topics import create_topics, product_topics
 from stream_adapt.models import LearnerSpec
-from stream_adapt.testing.broker import IMPATIENT, RunningBroker
+from stream_adapt.record import Outputs
+from stream_adapt.testing.broker import IMPATIENT, RunningBroker, TopicFactory, read_all
 from stream_adapt.testing.model import random_model
 from stream_adapt.testing.proxy import (
     Api,
@@ -192,19 +194,34 @@ def test_a_fault_on_the_way_to_the_broker_is_survived(endless: Stream, name: str
     endless.arrived()
 
 
-def test_a_late_end_of_a_transaction_does_not_meet_the_next_one(endless: Stream) -> None:
-    """Rule 8: after a commit that may have been sent twice the next transaction begins on a new producer."""
-    late = endless.inject(Hold, Api.END_TXN)
-    endless.send(50)
-    late.wait()
-    endless.arrived()  # by the second copy
-    half_done = endless.inject(Hold, Api.TXN_OFFSET_COMMIT)
-    endless.send(50)
-    half_done.wait()
+def test_a_late_end_of_a_transaction_does_not_meet_the_next_one(
+    fault_proxy: FaultProxy, topic_factory: TopicFactory, kafka_broker: RunningBroker
+) -> None:
+    """Rule 8: the late copy of an EndTxn would commit what the next transaction has sent so far."""
+    topic, name = topic_factory(), f"late-{uuid.uuid4()}"
+    settings = {"bootstrap.servers": fault_proxy.address, "socket.timeout.ms": 2_000, "transaction.timeout.ms": 60_000}
+
+    def build() -> OutputProducer:
+        return OutputProducer(settings, transactional_id=name, socket_timeout_s=2, deadline_s=30)
+
+    def visible() -> list[object]:
+        return [message.value() for message in read_all(kafka_broker.bootstrap_servers, topic)]
+
+    producer = build()
+    late = fault_proxy.inject(Hold(Match(Api.END_TXN, count=1)))
+    producer.begin()
+    producer.send(Outputs(topic, [None], [b"first"], None, [0], [0]))
+    producer.commit()  # by the second copy
+    if producer.needs_replacement:
+        producer = build()
+    producer.begin()
+    producer.send(Outputs(topic, [None], [b"second"], None, [0], [1]))
+    producer.flush()
     late.lift()
-    time.sleep(0.5)
-    half_done.lift()
-    endless.arrived()
+    time.sleep(1)
+    assert [b"first"] == visible()
+    producer.commit()
+    assert [b"first", b"second"] == visible()
 
 
 # To members.
