@@ -129,9 +129,11 @@ class App:
             )
 
     def stop(self, member: subprocess.Popen[bytes], sent: int = signal.SIGTERM) -> int:
-        """Signals a member and waits for its end; returns its exit code."""
+        """Signals a member and waits for its end; returns its exit code. Nobody waits for its outputs any more."""
         member.send_signal(sent)
-        return member.wait(EXIT_TIMEOUT_S)
+        code = member.wait(EXIT_TIMEOUT_S)
+        self.members.remove(member)
+        return code
 
     def end(self) -> None:
         """Kills what still runs."""
