@@ -2,8 +2,8 @@
 
 The protocol is prequential (test, then learn; Dawid, "Statistical theory: the prequential approach", JRSS A 1984): the
 slow weights are learned from the first half of the events by time, and the second half is scored, then learned, event
-by event, by the code that serves. Users begin the second half cold unless told otherwise. Baselines see the same events
-in the same order, are warmed on the first half, and go on learning in the second.
+by event, by the code that serves. The learner and the baselines see the same events in order, are warmed on the
+first half, and go on learning in the second; the learner's users can be told to begin the second half cold.
 
 The learner runs over the first half, too: the threshold of accuracy, precision, recall and F1 is the one that has the
 highest F1 there.
@@ -57,7 +57,7 @@ class ReplayOptions:
     covariance: Covariance | None = None  # None: the model's, or diagonal
     partitions: int = 1
     seeds: int = 1  # 0, 1, … of pretraining
-    warm: bool = False  # users keep what the first half taught
+    warm: bool = True  # users keep what the first half taught, as every baseline does
     device: str = "auto"  # of pretraining
     baselines: str = ""  # names with commas between them, or all
     out: Path | None = None  # folder for the report
@@ -205,8 +205,7 @@ def _pretrained(run: Replay, seed: int, bar: Progress) -> tuple[Model, float]:
         bar.update(task, completed=done, total=steps)
 
     started = time.perf_counter()
-    # The second half judges: no events of the first are set aside for that.
-    settings = TrainSettings(seed=seed, validation_share=0.0)
+    settings = TrainSettings(seed=seed)
     trained = pretrain(run.halves.first.events, run.spec, settings, run.options.device, told)
     seconds = time.perf_counter() - started
     bar.remove_task(task)

@@ -55,6 +55,10 @@ class Log:
         """The first n events."""
         return Log(self.users[:n], self.items[:n], self.times_ms[:n], self.levels[:n], self.features[:n])
 
+    def tail(self, n: int) -> Log:
+        """The events from number n on."""
+        return Log(self.users[n:], self.items[n:], self.times_ms[n:], self.levels[n:], self.features[n:])
+
 
 def read_log(events: Iterable[UserEvent], spec: LearnerSpec) -> Log:
     """Reads events in the order given; those that carry no feedback teach nothing and are left out."""

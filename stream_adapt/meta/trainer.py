@@ -2,13 +2,14 @@
 
 AdamW minimises the objective over users' sequences. What belongs to an item's id — its embedding, its co-occurrence
 features, its popularity — is folded into one `item_vector` at the end: service knows the sum alone. Figures are those
-of a training that stops earlier, judged on the events that follow; the weights are of a second one, on everything.
+of a training that stops earlier, judged on the events that follow, to which the readout is fitted, too (`readout`); the
+weights are of a second one, on everything.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 
 import msgspec
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from stream_adapt.errors import ConfigError, DataError, ModelError
 from stream_adapt.learner.encoder import FittedFeature
-from stream_adapt.meta import sequences
+from stream_adapt.meta import readout, sequences
 from stream_adapt.meta.objective import prequential
 from stream_adapt.meta.sequences import Columns, Log, Vocabulary
 from stream_adapt.models import Floats32, LearnerSpec, SlowWeights
@@ -34,6 +35,7 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clip: float = 1.0  # norm of the gradient
     item_decay: float = 2.0  # decoupled, times the rate, on the vectors of item ids
     item_bias_decay: float = 0.4  # the same, on their biases
+    averaged: float = 0.4  # share of the steps, the last ones, after which the parameters are averaged
     id_dropout: float = 0.2  # share of events that see an item without its id, so that unseen items lean on content
     longest: int = 512  # events in a training window; 256 cost AUC 0.0004 on MovieLens-1M, nothing on 100K
     batch_events: int = 0  # in one step, padding included; 0: about STEPS steps an epoch
@@ -42,7 +44,7 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cooccurrence_items: int = 5_000  # that take part, the most frequent: memory is the square of it
     item_bias_variance: float = 0.2  # V₀
     item_offset_variance: float = 0.05  # of each coordinate
-    validation_share: float = 0.1  # of the events, the last ones; 0: no figures, and half the time
+    validation_share: float = 0.1  # of the events, the last ones; 0: no figures, no fitted readout, and half the time
     seed: int = 0
 
 
@@ -50,6 +52,8 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 #: MovieLens-100K, batches of 8192 events had an AUC 0.026 below batches of 2048; those of 512 to 1024 did best. On
 #: events 400–500 k of MovieLens-1M, 8192 did better than 2048 and 4096 (by 0.002 to 0.005) and as well as 16,384.
 STEPS, SMALLEST_BATCH, LARGEST_BATCH = 50, 512, 8_192
+#: Windows change their neighbours from epoch to epoch: lengths are taken for up to so much longer when sorted.
+JITTER = 0.2
 #: Rate for logs up to SMALL_LOG events, and beyond: at 0.01 MovieLens-100K had a log-loss 0.005 higher.
 RATES, SMALL_LOG = (0.006, 0.01), 100_000
 #: With more co-occurrence features than that the small log is overfitted: AUC −0.004 on MovieLens-100K with 64.
@@ -96,11 +100,15 @@ def pretrain(
     seen = len(log) - round(settings.validation_share * len(log))
     steps = _Steps(progress, trainings=2 if seen < len(log) else 1)
     figures: dict[str, float] = {}
+    correction = readout.Correction()
     if seen < len(log):
         rehearsal, vocabulary = _train(log.head(seen), spec, settings, where, steps)
         figures = _figures(rehearsal, sequences.encode(log, vocabulary).to(where), seen, settings)
+        rehearsed = _fold(rehearsal, vocabulary, settings)
+        correction = readout.fit(rehearsed, spec, vocabulary.fitted, log.tail(seen))
     parameters, vocabulary = _train(log, spec, settings, where, steps)
-    return Trained(_fold(parameters, vocabulary, settings), vocabulary.fitted, figures)
+    weights = correction.apply(_fold(parameters, vocabulary, settings))
+    return Trained(weights, vocabulary.fitted, figures)
 
 
 def torch_device(name: str) -> torch.device:
@@ -244,21 +252,23 @@ def _train(
     columns = sequences.encode(log, vocabulary)
     content = _cooccurrence(columns, len(vocabulary.item_hash), settings)
     parameters = Parameters(vocabulary, content, columns.levels, spec, generator).to(device)
-    batches = _batches(sequences.windows(columns.users, settings.longest), settings.batch_events or _usual(len(log)))
+    windows = sequences.windows(columns.users, settings.longest)
+    batches = list(_epochs(windows, settings.batch_events or _usual(len(log)), settings.epochs, generator))
     columns = columns.to(device)
-    steps, step = settings.epochs * len(batches), 0
-    optimiser, schedule = _optimiser(parameters, settings, settings.rate or RATES[len(log) > SMALL_LOG], steps)
-    for epoch in range(settings.epochs):
-        for chosen in torch.randperm(len(batches), generator=generator).tolist():
-            loss = _loss(parameters, columns, batches[chosen], settings.id_dropout, generator)
-            optimiser.zero_grad()
-            torch.autograd.backward(loss)
-            nn.utils.clip_grad_norm_(parameters.parameters(), settings.clip)
-            optimiser.step()
-            schedule.step()
-            step += 1
-            told(epoch, step, steps, loss.item())
-    return parameters, vocabulary
+    optimiser, schedule = _optimiser(parameters, settings, settings.rate or RATES[len(log) > SMALL_LOG], len(batches))
+    averaged = torch.optim.swa_utils.AveragedModel(parameters)
+    for step, (epoch, batch) in enumerate(batches, start=1):
+        loss = _loss(parameters, columns, batch, settings.id_dropout, generator)
+        optimiser.zero_grad()
+        torch.autograd.backward(loss)
+        nn.utils.clip_grad_norm_(parameters.parameters(), settings.clip)
+        optimiser.step()
+        schedule.step()
+        if step > (1.0 - settings.averaged) * len(batches) or step == len(batches):
+            averaged.update_parameters(parameters)
+        told(epoch, step, len(batches), loss.item())
+    assert isinstance(averaged.module, Parameters)
+    return averaged.module, vocabulary
 
 
 def _usual(events: int) -> int:
@@ -271,12 +281,30 @@ def _cooccurrence(columns: Columns, known: int, settings: TrainSettings) -> Tens
     return sequences.cooccurrence(columns, known, dimensions, settings.cooccurrence_items, settings.seed)
 
 
-def _batches(windows: list[Tensor], events: int) -> list[list[Tensor]]:
-    """Windows of like lengths together, as many as make about `events` with padding."""
+def _epochs(
+    windows: list[Tensor], events: int, epochs: int, generator: torch.Generator
+) -> Iterator[tuple[int, list[Tensor]]]:
+    """Batches of all epochs in a random order, each with its epoch; no two epochs have the same batches."""
+    for epoch in range(epochs):
+        batches = _batches(windows, events, 1.0 + JITTER * torch.rand(len(windows), generator=generator))
+        for chosen in torch.randperm(len(batches), generator=generator).tolist():
+            yield epoch, batches[chosen]
+
+
+def _batches(windows: list[Tensor], events: int, jitter: Tensor | None = None) -> list[list[Tensor]]:
+    """Windows of like lengths together, as many as make about `events` with padding.
+
+    `jitter` `[windows]` is what each length is multiplied with before they are sorted.
+    """
+    lengths = torch.tensor([len(window) for window in windows]) * (1.0 if jitter is None else jitter)  # [windows]
     batches: list[list[Tensor]] = [[]]
-    for window in sorted(windows, key=len, reverse=True):
-        if batches[-1] and (len(batches[-1]) + 1) * len(batches[-1][0]) > events:
+    longest = 0
+    for place in torch.sort(lengths, descending=True, stable=True).indices.tolist():
+        window = windows[place]
+        longest = max(longest, len(window))
+        if batches[-1] and (len(batches[-1]) + 1) * longest > events:
             batches.append([])
+            longest = len(window)
         batches[-1].append(window)
     return batches
 
