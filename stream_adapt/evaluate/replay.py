@@ -167,10 +167,10 @@ def replay(source: Source, options: ReplayOptions, bar: Progress) -> Replay:
     bar.remove_task(task)
     if model is not None:
         run.version = model.version
-        _serve(run, model, None, bar)
+        serve(run, model, None, bar)
     else:
         for seed in range(options.seeds):
-            _serve(run, *_pretrained(run, seed, bar), bar)
+            serve(run, *_pretrained(run, seed, bar), bar)
     for name in names:
         run.baselines[name] = run.frozen[0] if name == baselines.FROZEN else _baseline(run, name, bar)
     return run
@@ -218,7 +218,7 @@ def _as_served(trained: Trained, spec: LearnerSpec) -> Model:
         return read_model(write_model(Path(folder), trained.weights, spec, trained.fitted))
 
 
-def _serve(run: Replay, model: Model, train_s: float | None, bar: Progress) -> None:
+def serve(run: Replay, model: Model, train_s: float | None, bar: Progress) -> None:
     """Scores and learns the second half, and adds what was said to the run."""
     adapter = Adapter(model, device="cpu")
     adapter.warm_up()

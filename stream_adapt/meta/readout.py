@@ -104,8 +104,8 @@ def _linear(weights: SlowWeights, spec: LearnerSpec, events: Events, log: Log) -
     diagonal = np.arange(width) if floats == width else np.arange(width) * (np.arange(width) + 3) // 2
     users["P"][:, diagonal] = weights.prior_variance
     seen = np.zeros(len(items))
-    seen[events.item] = theta.item_events[events.known] / weights.noise[0]
-    bias_variance, offset_variance = weights.item_variance
+    seen[events.item] = theta.item_events[events.known] / np.float64(weights.noise[0])
+    bias_variance, offset_variance = weights.item_variance.astype(np.float64)
     items["c_var"], items["delta_var"] = 1 / (1 / bias_variance + seen), (1 / (1 / offset_variance + seen))[:, None]
     said = Scores.empty(len(log))
     adapt(theta, users, items, events, said)

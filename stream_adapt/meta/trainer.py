@@ -9,16 +9,17 @@ weights are of a second one, on everything.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import msgspec
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
 from stream_adapt.errors import ConfigError, DataError, ModelError
 from stream_adapt.learner.encoder import FittedFeature
-from stream_adapt.meta import readout, sequences
+from stream_adapt.meta import axes, readout, sequences
 from stream_adapt.meta.objective import prequential
 from stream_adapt.meta.sequences import Columns, Log, Vocabulary
 from stream_adapt.models import Floats32, LearnerSpec, SlowWeights
@@ -93,22 +94,38 @@ def pretrain(
         ConfigError: the device is unknown or absent.
         ModelError: training diverged.
     """
-    settings = settings or TrainSettings()
+    return pretrain_each(events, [spec], settings, device, progress)[0]
+
+
+def pretrain_each(
+    events: Iterable[UserEvent] | Log,
+    specs: Sequence[LearnerSpec],
+    settings: TrainSettings | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+) -> list[Trained]:
+    """`pretrain` for specs that differ in nothing but the covariance: they share the training, not the readout."""
+    settings, spec = settings or TrainSettings(), specs[0]
     log = events if isinstance(events, Log) else sequences.read_log(events, spec)
     _check(log, spec)
     where = torch_device(device)
     seen = len(log) - round(settings.validation_share * len(log))
     steps = _Steps(progress, trainings=2 if seen < len(log) else 1)
     figures: dict[str, float] = {}
-    correction = readout.Correction()
+    corrections = [readout.Correction() for _ in specs]
     if seen < len(log):
         rehearsal, vocabulary = _train(log.head(seen), spec, settings, where, steps)
-        figures = _figures(rehearsal, sequences.encode(log, vocabulary).to(where), seen, settings)
-        rehearsed = _fold(rehearsal, vocabulary, settings)
-        correction = readout.fit(rehearsed, spec, vocabulary.fitted, log.tail(seen))
+        columns = sequences.encode(log, vocabulary).to(where)
+        figures = _figures(rehearsal, columns, seen, settings)
+        rehearsed = _folded_for(specs, rehearsal, vocabulary, columns, settings)
+        pairs = zip(rehearsed, specs, strict=True)
+        corrections = [readout.fit(weights, each, vocabulary.fitted, log.tail(seen)) for weights, each in pairs]
     parameters, vocabulary = _train(log, spec, settings, where, steps)
-    weights = correction.apply(_fold(parameters, vocabulary, settings))
-    return Trained(weights, vocabulary.fitted, figures)
+    folded = _folded_for(specs, parameters, vocabulary, sequences.encode(log, vocabulary).to(where), settings)
+    return [
+        Trained(correction.apply(weights), vocabulary.fitted, figures)
+        for correction, weights in zip(corrections, folded, strict=True)
+    ]
 
 
 def torch_device(name: str) -> torch.device:
@@ -352,6 +369,31 @@ def _predictions(
     return adapted, prequential.predict_frozen(seen, prior_variance)
 
 
+def _folded_for(
+    specs: Sequence[LearnerSpec],
+    parameters: Parameters,
+    vocabulary: Vocabulary,
+    columns: Columns,
+    settings: TrainSettings,
+) -> list[SlowWeights]:
+    """θ for each spec: as trained for full covariance, in axes of its own for a diagonal one."""
+    weights = _fold(parameters, vocabulary, settings)
+    if all(spec.covariance == "full" for spec in specs):
+        return [weights for _ in specs]
+    turned = axes.turned(weights, _second_moment(parameters, columns))
+    return [weights if spec.covariance == "full" else turned for spec in specs]
+
+
+@torch.no_grad()
+def _second_moment(parameters: Parameters, columns: Columns) -> npt.NDArray[np.float64]:
+    """Mean of x xᵀ `[D, D]` over at most `MOMENT_EVENTS` events, spread evenly."""
+    numbers = torch.linspace(0, len(columns) - 1, min(len(columns), MOMENT_EVENTS)).long()[:, None]  # [m, 1]
+    numbers = numbers.to(columns.users.device)
+    x = parameters(columns, numbers, torch.ones_like(numbers, dtype=torch.bool), None).x[:, 0, :-1].double()  # [m, D]
+    moment: npt.NDArray[np.float64] = (x.T @ x / len(x)).cpu().numpy()
+    return moment
+
+
 def _fold(parameters: Parameters, vocabulary: Vocabulary, settings: TrainSettings) -> SlowWeights:
     """θ as service reads it."""
 
@@ -376,6 +418,8 @@ def _fold(parameters: Parameters, vocabulary: Vocabulary, settings: TrainSetting
     )
 
 
+#: Events that the second moment of x is taken over: enough for its D·(D+1)/2 numbers.
+MOMENT_EVENTS = 32_768
 #: Events judged at once, padding included: bounds memory, and changes no figure.
 FIGURE_EVENTS = 8192
 

@@ -14,7 +14,7 @@ import torch
 from stream_adapt.errors import ConfigError, DataError, ModelError
 from stream_adapt.learner.encoder import Bag, Categorical, FeatureReader, Numeric, features_struct
 from stream_adapt.learner.feedback import Feedback, LabelCuts
-from stream_adapt.meta import sequences, trainer
+from stream_adapt.meta import readout, sequences, trainer
 from stream_adapt.meta.trainer import Trained, TrainSettings, pretrain
 from stream_adapt.models import LearnerSpec, SlowWeights, read_model, write_model
 from stream_adapt.record import ItemId, UserEvent, UserId
@@ -134,6 +134,45 @@ def test_small_logs_get_small_batches_and_few_cooccurrence_features() -> None:
     log = sequences.read_log(tastes(), SPEC)
     columns = sequences.encode(log, sequences.fit(log, SPEC, 100))
     assert trainer._cooccurrence(columns, 15, TrainSettings()).shape == (16, 7)
+
+
+def test_batches_keep_to_their_size_and_change_from_epoch_to_epoch() -> None:
+    windows = [torch.arange(1 + k % 9) for k in range(60)]
+    generator = torch.Generator().manual_seed(0)
+    epochs: dict[int, list[list[int]]] = {0: [], 1: []}
+    for epoch, batch in trainer._epochs(windows, 30, 2, generator):
+        assert len(batch) * max(map(len, batch)) <= 30
+        epochs[epoch].append(sorted(map(id, batch)))
+    for batches in epochs.values():
+        assert sorted(map(id, windows)) == sorted(window for batch in batches for window in batch)
+    assert sorted(epochs[0]) != sorted(epochs[1])
+
+
+def test_what_is_served_is_the_average_of_the_last_steps() -> None:
+    log, device = sequences.read_log(tastes(), SPEC), torch.device("cpu")
+
+    def train(averaged: float) -> torch.Tensor:
+        settings = msgspec.structs.replace(QUICK, averaged=averaged)
+        return trainer._train(log, SPEC, settings, device, trainer._Steps(None, 1))[0].id_vector.detach()
+
+    last, whole = train(0.0), train(1.0)
+    assert whole.square().sum() > last.square().sum(), "vectors of ids decay from the start on"
+
+
+def test_the_readout_is_fitted_to_the_last_events_and_to_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[sequences.Log] = []
+
+    def fit(_weights: Any, _spec: Any, _fitted: Any, log: sequences.Log) -> readout.Correction:
+        given.append(log)
+        return readout.Correction(noise=2.0, alpha=0.5)
+
+    plain = pretrain(tastes(), SPEC, QUICK, device="cpu").weights
+    monkeypatch.setattr(readout, "fit", fit)
+    weights = pretrain(tastes(), SPEC, msgspec.structs.replace(QUICK, validation_share=0.1), device="cpu").weights
+    assert [e.timestamp for e in tastes()[360:]] == given[0].times_ms.tolist()
+    assert weights.noise == 2 * plain.noise
+    assert weights.readout[0] == pytest.approx(0.5 * plain.readout[0])
+    np.testing.assert_array_equal(plain.item_vector, weights.item_vector)
 
 
 def test_an_unknown_item_is_its_features_alone() -> None:
