@@ -7,7 +7,7 @@ import dataclasses
 import msgspec
 import numpy as np
 import pytest
-from learner_streams import adapt_all, random_model, random_stream
+from learner_streams import adapt_all, random_model, random_stream, with_weights
 
 from stream_adapt.adapt import Adapter
 from stream_adapt.meta import readout
@@ -49,9 +49,18 @@ def test_it_hears_what_service_says(covariance: Covariance) -> None:
 def test_a_model_that_is_too_sure_is_made_less_so(covariance: Covariance) -> None:
     model, batch = random_model(covariance, features=True), lesson()
     correction = readout.fit(model.weights, model.spec, model.manifest.fitted, read_batches([batch]))
-    assert correction.noise > 1
     assert correction.alpha < 1
+    assert correction.kappa > 1
     assert loss(moved(model, correction), batch) < loss(model, batch) - 0.1
+
+
+def test_a_model_that_believes_every_event_too_much_is_given_more_noise() -> None:
+    """Two users of three mostly like things: that takes more than the last event to know."""
+    model, batch = with_weights(random_model(), noise=0.05), lesson()
+    random = np.random.default_rng(0)
+    likes = np.array([int(user[1:]) % 3 > 0 for user in batch.user_ids]) ^ (random.random(len(batch)) < 0.3)
+    noisy = dataclasses.replace(batch, levels=np.where(likes, 4, 0).astype(np.int8))
+    assert readout.fit(model.weights, model.spec, (), read_batches([noisy])).noise > 1
 
 
 def test_a_few_events_move_it_little() -> None:
