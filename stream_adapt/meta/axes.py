@@ -32,7 +32,7 @@ def turned(weights: SlowWeights, moment: Floats) -> SlowWeights:
     of_x, of_w = scale[:, None] * axes, axes / scale[:, None]  # [D, D]
     prior_variance = np.ones_like(weights.prior_variance)
     prior_variance[-1] = weights.prior_variance[-1]
-    item_variance = weights.item_variance * np.float32([1.0, np.square(scale).mean()])
+    item_variance = weights.item_variance * np.array([1.0, np.square(scale).mean()], np.float32)
     return msgspec.structs.replace(
         weights,
         item_vector=_times(weights.item_vector, of_x),

@@ -43,10 +43,9 @@ class Correction(NamedTuple):
 
     def apply(self, weights: SlowWeights) -> SlowWeights:
         """θ with corrected numbers."""
-        readout = weights.readout * np.float32([self.alpha, self.kappa, 1.0]) + np.float32([0.0, 0.0, self.beta])
-        return msgspec.structs.replace(
-            weights, noise=weights.noise * np.float32(self.noise), readout=readout.astype(np.float32)
-        )
+        factors = np.array([self.alpha, self.kappa, 1.0], np.float32)
+        readout = weights.readout * factors + np.array([0.0, 0.0, self.beta], np.float32)
+        return msgspec.structs.replace(weights, noise=weights.noise * np.float32(self.noise), readout=readout)
 
 
 def fit(weights: SlowWeights, spec: LearnerSpec, fitted: tuple[FittedFeature, ...], log: Log) -> Correction:
@@ -96,7 +95,7 @@ def _encoded(weights: SlowWeights, spec: LearnerSpec, fitted: tuple[FittedFeatur
 
 def _linear(weights: SlowWeights, spec: LearnerSpec, events: Events, log: Log) -> tuple[Tensor, Tensor]:
     """z and v + v_item `[n]` of every event before it was learned, all users and items at their start."""
-    plain = msgspec.structs.replace(weights, readout=np.float32([1.0, 0.0, 0.0]))  # p = σ(z)
+    plain = msgspec.structs.replace(weights, readout=np.array([1.0, 0.0, 0.0], np.float32))  # p = σ(z)
     theta = Theta.of(plain)
     users = np.zeros(int(events.user.max()) + 1, user_layout(spec).dtype)
     items = np.zeros(int(events.item.max()) + 1, item_layout(spec).dtype)
