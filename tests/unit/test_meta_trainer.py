@@ -175,6 +175,23 @@ def test_the_readout_is_fitted_to_the_last_events_and_to_no_others(monkeypatch: 
     np.testing.assert_array_equal(plain.item_vector, weights.item_vector)
 
 
+def test_specs_that_differ_in_the_covariance_share_a_training() -> None:
+    specs = [msgspec.structs.replace(SPEC, covariance=covariance) for covariance in ("full", "diagonal")]
+    settings, told = msgspec.structs.replace(QUICK, validation_share=0.1), []
+    both = trainer.pretrain_each(tastes(), specs, settings, "cpu", lambda *step: told.append(step))
+    steps = len(told)
+    for spec, trained in zip(specs, both, strict=True):
+        assert_same(pretrain(tastes(), spec, settings, "cpu", lambda *step: told.append(step)), trained)
+    assert 3 * steps == len(told)
+    full, diagonal = (one.weights for one in both)
+    assert (diagonal.prior_variance[:-1] == 1.0).all()
+    np.testing.assert_allclose(
+        full.item_vector[:, :-1] @ full.prior_mean[:-1],
+        diagonal.item_vector[:, :-1] @ diagonal.prior_mean[:-1],
+        atol=1e-5,
+    )
+
+
 def test_an_unknown_item_is_its_features_alone() -> None:
     log = sequences.read_log(tastes(), SPEC)
     parameters, _ = trainer._train(log, SPEC, QUICK, torch.device("cpu"), trainer._Steps(None, 1))
