@@ -131,6 +131,6 @@ def _readout(
         torch.autograd.backward(value)
         return value
 
-    optimiser.step(closure)
+    optimiser.step(closure)  # type: ignore[no-untyped-call]
     alpha, kappa, beta = moved.detach().tolist()
     return [float(np.exp(alpha)), float(np.exp(kappa)), beta], float(loss().detach())

@@ -61,8 +61,9 @@ def predict(sequences: Sequences, prior_variance: Tensor, noise: Tensor, leak: T
     rates = leak[0] + leak[1] * torch.log1p(sequences.gaps)  # [B, T]
     residual = (sequences.scores - sequences.prior) * sequences.real  # [B, T]
     state, errors, variances = None, [], []
-    for part in zip(*(column.split(CHUNK, 1) for column in (x, rates, residual)), strict=True):
-        error, variance, state = _chunk(*part, noise, state)
+    parts = (torch.split(column, CHUNK, 1) for column in (x, rates, residual))
+    for x_part, rates_part, residual_part in zip(*parts, strict=True):
+        error, variance, state = _chunk(x_part, rates_part, residual_part, noise, state)
         errors.append(error)
         variances.append(variance)
     return Predictions(z=sequences.scores - torch.cat(errors, 1), v=torch.cat(variances, 1))
