@@ -111,7 +111,7 @@ def tables(kept: dict[str, dict[str, Any]]) -> str:
     groups: dict[str, list[Figures]] = {}
     for key, found in kept.items():
         groups.setdefault(key.rpartition("|")[0], []).append(msgspec.convert(found, Figures))
-    lines = ["| set | method | feedback | users | seeds | AUC | log-loss | GAUC | ECE | training, CPU s |"]
+    lines = ["| set | method | feedback | users | seeds | AUC | log-loss | GAUC | ECE | training s |"]
     lines.append("|---" * 10 + "|")
     for group, runs in sorted(groups.items(), key=lambda pair: _order(*pair)):
         cells = [_mean([getattr(run, n) for run in runs]) for n in SHOWN]
