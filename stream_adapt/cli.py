@@ -478,7 +478,9 @@ def pretrain(as_json: bool, **request: Any) -> None:
 )
 @_objective_options
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(min=1), help="Trainings; means are given.")
-@click.option("--warm", is_flag=True, help="Users keep the rows that the first half gave them.")
+@click.option(
+    "--warm/--cold", default=True, show_default=True, help="Users keep the rows that the first half gave them, or not."
+)
 @click.option(
     "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Of the training."
 )

@@ -2,8 +2,8 @@
 
 The protocol is prequential (test, then learn; Dawid, "Statistical theory: the prequential approach", JRSS A 1984): the
 slow weights are learned from the first half of the events by time, and the second half is scored, then learned, event
-by event, by the code that serves. Users begin the second half cold unless told otherwise. Baselines see the same events
-in the same order, are warmed on the first half, and go on learning in the second.
+by event, by the code that serves. The learner and the baselines see the same events in order, are warmed on the
+first half, and go on learning in the second; the learner's users can be told to begin the second half cold.
 
 The learner runs over the first half, too: the threshold of accuracy, precision, recall and F1 is the one that has the
 highest F1 there.
@@ -62,7 +62,7 @@ class ReplayOptions:
     support: float | None = None  # of maml and fomaml
     seconds: float = 0.0  # for a pretraining; 0: as long as it takes
     seeds: int = 1  # 0, 1, … of pretraining
-    warm: bool = False  # users keep what the first half taught
+    warm: bool = True  # users keep what the first half taught, as every baseline does
     device: str = "auto"  # of pretraining
     baselines: str = ""  # names with commas between them, or all
     out: Path | None = None  # folder for the report
@@ -180,10 +180,10 @@ def replay(source: Source, options: ReplayOptions, bar: Progress) -> Replay:
     bar.remove_task(task)
     if model is not None:
         run.version = model.version
-        _serve(run, model, None, bar)
+        serve(run, model, None, bar)
     else:
         for seed in range(options.seeds):
-            _serve(run, *_pretrained(run, seed, bar), bar)
+            serve(run, *_pretrained(run, seed, bar), bar)
     for name in names:
         if name == baselines.FROZEN:
             run.baselines[name] = run.frozen[0]
@@ -224,13 +224,8 @@ def _pretrained(run: Replay, seed: int, bar: Progress) -> tuple[Model, float]:
 
     options = run.options
     started = options.clock()
-    # The second half judges: no events of the first are set aside for that.
-    settings = TrainSettings(
-        seed=seed,
-        validation_share=0.0,
-        objective=told_objective(options.objective, options.support),
-        seconds=options.seconds,
-    )
+    aim = told_objective(options.objective, options.support)
+    settings = TrainSettings(seed=seed, objective=aim, seconds=options.seconds)
     if options.objective == baselines.DIRECT:
         tuning = partial(_track, bar)
         model, _ = direct.model(run.halves.first, run.spec, settings, options.device, tuning, told, options.clock)
@@ -248,7 +243,7 @@ def _as_served(trained: Trained, spec: LearnerSpec) -> Model:
         return read_model(write_model(Path(folder), trained.weights, spec, trained.fitted))
 
 
-def _serve(run: Replay, model: Model, train_s: float | None, bar: Progress) -> None:
+def serve(run: Replay, model: Model, train_s: float | None, bar: Progress) -> None:
     """Scores and learns the second half, and adds what was said to the run."""
     adapter = Adapter(model, device="cpu")
     adapter.warm_up()
@@ -282,7 +277,7 @@ def _direct(run: Replay, bar: Progress) -> Said:
     """The same encoder trained without meta-learning, tuned on the first half, and served as the model is."""
     options = replace(run.options, objective=baselines.DIRECT, support=None, model=None, seeds=1)
     other = Replay(options, run.source, run.spec, run.halves)
-    _serve(other, *_pretrained(other, 0, bar), bar)
+    serve(other, *_pretrained(other, 0, bar), bar)
     return other.adapted[0]
 
 

@@ -97,7 +97,7 @@ def _parameter(parameter: click.Parameter) -> tuple[str, str, str]:
             return metavar, "–", "Required."
         return metavar, f"`{parameter.default}`", "What to read."
     assert isinstance(parameter, click.Option)
-    opts = ", ".join(f"`{name}`" for name in parameter.opts)
+    opts = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
     if isinstance(parameter.type, click.Choice):
         opts += f" {' or '.join(parameter.type.choices)}"
     return opts, "–" if not parameter.show_default else _value(parameter.default), parameter.help or ""
