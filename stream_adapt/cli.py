@@ -188,11 +188,24 @@ def demo(as_json: bool, **options: Any) -> None:
 )
 @click.option("--share", default=1.0, show_default=True, help="Learn from this share of the events, the first ones.")
 @click.option(
+    "--rule",
+    default="kalman",
+    show_default=True,
+    type=click.Choice(["kalman", "gradient"]),
+    help="The update rule.",
+)
+@click.option(
     "--covariance",
     default="diagonal",
     show_default=True,
     type=click.Choice(["diagonal", "full"]),
     help="How it is served unless the configuration says otherwise; trained alike.",
+)
+@click.option(
+    "--normalized/--plain",
+    default=True,
+    show_default=True,
+    help="Whether steps of the gradient rule are divided by their own curvature.",
 )
 @click.option(
     "--dimension", default=16, show_default=True, type=click.IntRange(1, 256), help="Length of a taste vector."
@@ -211,7 +224,7 @@ def pretrain(as_json: bool, **request: Any) -> None:
     """Learn the slow weights from a data set and write a model.
 
     SOURCE is movielens-100k, movielens-1m, synthetic, or the path of a CSV or JSONL log with its --mapping. What is
-    learned: representations of items, users' priors, and the rates of the Kalman rule that adapts to each user.
+    learned: representations of items, users' priors, and the rates of the rule that adapts to each user.
     """
     from rich.console import Console
 
@@ -241,7 +254,20 @@ def pretrain(as_json: bool, **request: Any) -> None:
     type=click.Choice(["two", "all"]),
     help="two: only whether the target is reached is told.",
 )
+@click.option(
+    "--rule",
+    default="kalman",
+    show_default=True,
+    type=click.Choice(["kalman", "gradient"]),
+    help="The update rule, if a model is pretrained.",
+)
 @click.option("--covariance", type=click.Choice(["diagonal", "full"]), help="As the model says if not given.")
+@click.option(
+    "--normalized/--plain",
+    default=True,
+    show_default=True,
+    help="Whether steps of the gradient rule are divided by their own curvature.",
+)
 @click.option(
     "--partitions",
     default=1,

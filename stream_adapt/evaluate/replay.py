@@ -33,7 +33,7 @@ from stream_adapt.evaluate import figures as of
 from stream_adapt.evaluate.figures import Figures, Outcomes
 from stream_adapt.evaluate.halves import Half, Halves, cut, two_levels
 from stream_adapt.evaluate.metrics import Floats
-from stream_adapt.models import Covariance, LearnerSpec, Model, read_model, write_model
+from stream_adapt.models import Covariance, LearnerSpec, Model, RuleName, read_model, write_model
 
 if TYPE_CHECKING:  # torch takes seconds to import: only where it is used
     from stream_adapt.meta.trainer import Trained
@@ -54,7 +54,9 @@ class ReplayOptions:
     mapping: Path | None = None  # of a log of one's own
     model: Path | None = None  # a model or a registry; None: pretrain on the first half
     levels: Levels = "all"  # two: feedback is reduced to the target's yes or no
+    rule: RuleName = "kalman"  # of a model that is pretrained here
     covariance: Covariance | None = None  # None: the model's, or diagonal
+    normalized: bool = LearnerSpec().normalized  # steps of the gradient rule
     partitions: int = 1
     seeds: int = 1  # 0, 1, … of pretraining
     warm: bool = False  # users keep what the first half taught
@@ -79,7 +81,8 @@ class ReplayResult(Figures, frozen=True, kw_only=True):
     refused: int  # events that the decoder would send to the dead letters
     partitions: int
     levels: Levels
-    covariance: Covariance
+    rule: RuleName
+    covariance: Covariance  # of the Kalman rule
     seeds: int
     warm: bool
     model_version: str | None  # of the model that was given
@@ -128,6 +131,7 @@ class Replay:
             refused=len(self.halves.first.dead_letters) + len(self.halves.second.dead_letters),
             partitions=self.options.partitions,
             levels="two" if len(feedback.levels) == 2 else "all",
+            rule=self.spec.rule,
             covariance=self.spec.covariance,
             seeds=len(adapted),
             warm=self.options.warm,
@@ -191,7 +195,8 @@ def _given(path: Path, options: ReplayOptions) -> Model:
 
 def _spec(source: Source, options: ReplayOptions) -> LearnerSpec:
     feedback = two_levels(source.feedback) if options.levels == "two" else source.feedback
-    return LearnerSpec(source.features, feedback, covariance=options.covariance or "diagonal")
+    covariance = options.covariance or "diagonal"
+    return LearnerSpec(source.features, feedback, options.rule, covariance=covariance, normalized=options.normalized)
 
 
 def _pretrained(run: Replay, seed: int, bar: Progress) -> tuple[Model, float]:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from stream_adapt.errors import ConfigError, DataError, ModelError
 from stream_adapt.learner.encoder import FittedFeature
+from stream_adapt.learner.rules.gradient.batched import unroll
 from stream_adapt.meta import sequences
 from stream_adapt.meta.objective import prequential
 from stream_adapt.meta.sequences import Columns, Log, Vocabulary
@@ -52,6 +53,10 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 STEPS, SMALLEST_BATCH, LARGEST_BATCH = 50, 512, 8_192
 #: Rate for logs up to SMALL_LOG events, and beyond: at 0.01 MovieLens-100K had a log-loss 0.005 higher.
 RATES, SMALL_LOG = (0.006, 0.01), 100_000
+#: σ² of the gradient rule, how sure pretraining is of an item: 1 over the curvature of the logistic loss at ½.
+LOGISTIC_NOISE = 4.0
+#: Gradients of the gradient rule flow through so many updates: what an update does for later events is known by then.
+TRUNCATION = 64
 #: With more co-occurrence features than that the small log is overfitted: AUC −0.004 on MovieLens-100K with 64.
 ITEMS_PER_COOCCURRENCE = 40
 
@@ -154,13 +159,15 @@ class Parameters(nn.Module):
         self.feature_vector = table(vocabulary.rows("item"))  # [F, D+1]
         self.user_vector = nn.Parameter(torch.zeros(vocabulary.rows("user"), width))  # [A, D+1]
         self.prior_mean = nn.Parameter(torch.zeros(width))  # [D+1]
+        # P₀ or, of the gradient rule, its rates.
         self.log_prior_variance = nn.Parameter(torch.full((width,), math.log(0.5)))  # [D+1]
         scores, thresholds = _level_priors(levels, spec)
         self.level_scores = nn.Parameter(scores)  # [L]
         self.thresholds = nn.Parameter(thresholds)  # [L-1]
         self.bias = nn.Parameter(scores[levels].mean(0, keepdim=True))  # [1]
-        self.log_noise = nn.Parameter(torch.tensor(math.log(2.0)))
-        self.log_leak = nn.Parameter(torch.tensor([0.003, 0.01]).log())  # [2]
+        self.log_noise = nn.Parameter(torch.tensor(math.log(2.0 if spec.rule == "kalman" else LOGISTIC_NOISE)))
+        leak = torch.tensor([0.003, 0.01]).log()  # [2]
+        self.log_leak = nn.Parameter(leak if spec.rule == "kalman" else leak[:, None].repeat(1, width))  # [2(, D+1)]
         self.log_readout = nn.Parameter(torch.tensor([1.0, math.pi / 8]).log())  # [2] α, κ (MacKay, 1992)
         self.readout_bias = nn.Parameter(torch.zeros(1))  # [1] β
         self.cooccurrence: Tensor
@@ -171,6 +178,7 @@ class Parameters(nn.Module):
         popularity = torch.cat([popularity / popularity.std(correction=0).clamp_min(1e-3), torch.zeros(1)])
         self.register_buffer("popularity", popularity)  # [I+1]
         self.target = spec.feedback.target_level
+        self.spec = spec
 
     def item_content(self) -> Tensor:
         """What co-occurrence and popularity add to x̃ `[I+1, D+1]`; zeros for the unknown item, the last."""
@@ -320,8 +328,22 @@ def _predictions(
     """What θ says of events `numbers` `[B, T]`, adapted and frozen."""
     seen = parameters(columns, numbers, real, id_kept)
     prior_variance = parameters.log_prior_variance.exp()  # [D+1]
+    if parameters.spec.rule == "gradient":
+        return _unrolled(seen, prior_variance, parameters.log_leak.exp(), parameters.spec.normalized)
     adapted = prequential.predict(seen, prior_variance, parameters.log_noise.exp(), parameters.log_leak.exp())
     return adapted, prequential.predict_frozen(seen, prior_variance)
+
+
+def _unrolled(
+    seen: prequential.Sequences, rates: Tensor, leak: Tensor, normalized: bool
+) -> tuple[prequential.Predictions, prequential.Predictions]:
+    """What the gradient rule says, adapted and frozen; it keeps no variance."""
+    z = unroll(
+        rates, leak, seen.x, seen.prior, seen.scores.sigmoid(), seen.gaps, seen.real,
+        normalized=normalized, truncation=TRUNCATION,
+    )  # [B, T]  # fmt: skip
+    certain = torch.zeros_like(z)  # [B, T]
+    return prequential.Predictions(z, certain), prequential.Predictions(seen.prior, certain)
 
 
 def _fold(parameters: Parameters, vocabulary: Vocabulary, settings: TrainSettings) -> SlowWeights:

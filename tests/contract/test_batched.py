@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from itertools import pairwise
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -19,16 +19,24 @@ from torch import Tensor
 
 from stream_adapt.adapt import Adapter
 from stream_adapt.errors import ConfigError
+from stream_adapt.learner import rules
 from stream_adapt.learner.rules.kalman import batched
 from stream_adapt.learner.rules.kalman.batched import Items, Seen, Theta, Users
-from stream_adapt.models import Covariance
+from stream_adapt.models import Covariance, Model, RuleName
 from stream_adapt.record import Adapted
 from stream_adapt.state.table import Table
 
 #: Rows are float32, and the item sums may be added up in another order.
 TOLERANCE = 1e-5
 
+VARIANTS = [(name, variant) for name in rules.names() for variant in rules.find(name).variants]
+
+every_rule = pytest.mark.parametrize(("rule", "variant"), VARIANTS)
 both_covariances = pytest.mark.parametrize("covariance", get_args(Covariance))
+
+
+def model_of(rule: RuleName, variant: str, **more: Any) -> Model:
+    return random_model(rule=rule, **rules.find(rule).variants[variant], **more)
 
 
 @pytest.fixture(autouse=True)
@@ -80,10 +88,10 @@ def assert_said_close(expected: Adapted, actual: Adapted) -> None:
         np.testing.assert_allclose(actual_column, expected_column, rtol=0, atol=atol, err_msg=f.name)
 
 
-@both_covariances
+@every_rule
 @pytest.mark.parametrize("size", [1, 3, 63, 4096])
-def test_it_learns_what_the_sequential_rule_learns(covariance: Covariance, size: int) -> None:
-    model = random_model(covariance, features=True, window=64)
+def test_it_learns_what_the_sequential_rule_learns(rule: RuleName, variant: str, size: int) -> None:
+    model = model_of(rule, variant, features=True, window=64)
     before, expected, actual = (Adapter(model, device) for device in ("cpu", "cpu", "torch-cpu"))
     adapt_all(before, [random_stream(400, seed=1, features=True)])
     for adapter in (expected, actual):
@@ -95,9 +103,9 @@ def test_it_learns_what_the_sequential_rule_learns(covariance: Covariance, size:
     assert_same_update(before.items, expected.items, actual.items)
 
 
-@both_covariances
-def test_it_does_not_matter_where_batches_are_cut(covariance: Covariance) -> None:
-    events, model = random_stream(500, users=40), random_model(covariance)
+@every_rule
+def test_it_does_not_matter_where_batches_are_cut(rule: RuleName, variant: str) -> None:
+    events, model = random_stream(500, users=40), model_of(rule, variant)
     whole, pieces = Adapter(model, "torch-cpu"), Adapter(model, "torch-cpu")
     assert_said_close(adapt_all(whole, [events]), adapt_all(pieces, cut(events, 37)))
     for a, b in ((whole.users, pieces.users), (whole.items, pieces.items)):
@@ -211,9 +219,9 @@ def test_service_on_the_cpu_does_not_import_torch() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@both_covariances
-def test_the_gpu_repeats_itself_bit_by_bit_and_agrees_with_the_cpu(covariance: Covariance) -> None:
-    model, events = random_model(covariance, features=True), random_stream(2000, features=True)
+@every_rule
+def test_the_gpu_repeats_itself_bit_by_bit_and_agrees_with_the_cpu(rule: RuleName, variant: str) -> None:
+    model, events = model_of(rule, variant, features=True), random_stream(2000, features=True)
     here, there, again = (Adapter(model, device) for device in ("cpu", "cuda", "cuda"))
     assert_said_close(here.adapt(events), there.adapt(events))
     again.adapt(part(events, slice(None)))

@@ -19,7 +19,7 @@ Capital letters: D dimensions, K floats of P, N events of a ring, L levels. m ro
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from itertools import pairwise
 from typing import Any, NamedTuple, TypeVar
@@ -129,8 +129,8 @@ class Lesson(NamedTuple):
 
     taught: Tensor  # [m] bool: the event carried a level, and its update was finite
     w: Tensor  # [m, D+1] of the user, before the update
-    e: Tensor  # [m] s − z
-    r: Tensor  # [m] R = v + σ²
+    precision: Tensor  # [m] 1/R
+    pull: Tensor  # [m] e/R
 
 
 class Written(NamedTuple):
@@ -167,7 +167,7 @@ def init_items(theta: Theta, hashes: Tensor, known: Tensor, dtype: torch.dtype =
         known: `[m]` rows of the items in θ.
         dtype: of the rows' numbers.
     """
-    c_var, delta_var = (v.to(dtype) for v in _item_variances(theta, known))  # [m], [m]
+    c_var, delta_var = (v.to(dtype) for v in item_variances(theta, known))  # [m], [m]
     count, zeros = torch.zeros_like(hashes).int(), torch.zeros(len(hashes), len(theta.prior_variance) - 1).to(c_var)
     return Items(
         hash=hashes,
@@ -256,14 +256,14 @@ def write(theta: Theta, users: Users, seen: Seen, reading: Reading) -> Written:
     total = (r + reading.v_item)[:, None]  # [m, 1]
     d = reading.d + reading.g * e[:, None] / total  # [m, D+1]
     P = reading.P - _outer(reading.g, reading.P.shape[1]) / total  # [m, K]  # noqa: N806
-    taught = (seen.level >= 0) & _fits(d) & _fits(P) & _item_fits(reading.w, e, r)  # [m]
+    taught = (seen.level >= 0) & fits(d) & fits(P) & item_fits(reading.w, e, r)  # [m]
     z = reading.z + ((seen.w0 + d - reading.w) * seen.x).sum(1)  # [m]
     v = (_times(P, seen.x) * seen.x).sum(1).clamp(min=0.0)  # [m]
     return Written(
-        users=_remember(users, seen, reading.z, taught)._replace(
+        users=remember(users, seen, reading.z, taught)._replace(
             d=_where(taught, d, users.d), P=_where(taught, P, users.P)
         ),
-        lesson=Lesson(taught, reading.w, e, r),
+        lesson=Lesson(taught, reading.w, 1.0 / r, e / r),
         z=torch.where(taught, z, reading.z),
         v=torch.where(taught, v, reading.v),
     )
@@ -278,8 +278,8 @@ def add_pending(items: Items, settled: Items, at: Tensor, lesson: Lesson) -> Ite
         at: `[n]` row of each event's item.
         lesson: of the n events.
     """
-    w, e, r = lesson.w[:, :-1], lesson.e[:, None], lesson.r[:, None]  # [n, D], [n, 1], [n, 1]
-    parts = torch.cat([1.0 / r, e / r, w * w / r, w * e / r], 1)  # [n, 2+2D]
+    w, precision, pull = lesson.w[:, :-1], lesson.precision[:, None], lesson.pull[:, None]  # [n, D], [n, 1], [n, 1]
+    parts = torch.cat([precision, pull, precision * w * w, pull * w], 1)  # [n, 2+2D]
     parts = torch.where(lesson.taught[:, None], parts, 0.0)  # [n, 2+2D]
     sums = parts.new_zeros(len(items.c), parts.shape[1]).index_put((at,), parts, accumulate=True)  # [m, 2+2D]
     counts = torch.zeros_like(items.count).index_put((at,), lesson.taught.to(items.count), accumulate=True)  # [m]
@@ -311,16 +311,31 @@ def frozen(theta: Theta, x: Tensor, c: Tensor, w0: Tensor, known: Tensor) -> Ten
         w0: `[m, D+1]` prior mean.
         known: `[m]` rows of the items in θ.
     """
-    c_var, delta_var = _item_variances(theta, known)  # [m], [m]
+    c_var, delta_var = item_variances(theta, known)  # [m], [m]
     variance = c_var + x.square() @ theta.prior_variance + w0[:, :-1].square().sum(1) * delta_var  # [m]
     return read_out(theta, theta.bias + c + (w0 * x).sum(1), variance)
 
 
-@torch.no_grad()
+class Equations(NamedTuple):
+    """What one rule has of its own, for `adapt_with`."""
+
+    users: type[Any]  # rows of users, as `Users`
+    read: Callable[[Theta, Any, Seen], Any]  # → what has the z, v, v_item and late of `Reading`
+    write: Callable[[Theta, Any, Seen, Any], Any]  # → as `Written`
+    frozen: Callable[[Theta, Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
 def adapt_batched(theta: Theta, user_rows: Array, item_rows: Array, events: Events, out: Scores) -> None:
-    """What `step.adapt` does for n events in order, on θ's device.
+    """What `step.adapt` does for n events in order, on θ's device."""
+    adapt_with(Equations(Users, read, write, frozen), theta, user_rows, item_rows, events, out)
+
+
+@torch.no_grad()
+def adapt_with(rule: Equations, theta: Theta, user_rows: Array, item_rows: Array, events: Events, out: Scores) -> None:
+    """Learns n events in order by a rule's equations, on θ's device.
 
     Args:
+        rule: its equations.
         theta: slow weights.
         user_rows: slab of users; rows that the events touch are fetched, and written back at the end.
         item_rows: slab of items; alike.
@@ -331,10 +346,10 @@ def adapt_batched(theta: Theta, user_rows: Array, item_rows: Array, events: Even
     plan = plan_rounds(events.user, events.partition, events.window)
     user_slots, user_at = np.unique(events.user, return_inverse=True)
     item_slots, item_at = np.unique(events.item, return_inverse=True)
-    users, items = _load(Users, user_rows[user_slots], where), _load(Items, item_rows[item_slots], where)
-    columns = _columns(theta, events, user_at, item_at)
+    users, items = _load(rule.users, user_rows[user_slots], where), _load(Items, item_rows[item_slots], where)
+    columns = _columns(rule, theta, events, user_at, item_at)
     ordered = _take(columns, torch.from_numpy(plan.order).to(where))
-    windows = [_adapt_window(theta, users, items, _take(ordered, slice(w[0], w[-1])), w) for w in plan.windows]
+    windows = [_adapt_window(rule, theta, users, items, _take(ordered, slice(w[0], w[-1])), w) for w in plan.windows]
     _store(user_rows, user_slots, users)
     _store(item_rows, item_slots, items)
     if windows:
@@ -410,15 +425,15 @@ class _Said(NamedTuple):
     count: Tensor  # type: ignore[assignment]  # [n], not tuple's
     taught: Tensor  # [n]
     w: Tensor  # [n, D+1]
-    e: Tensor  # [n]
-    r: Tensor  # [n]
+    precision: Tensor  # [n]
+    pull: Tensor  # [n]
 
 
 #: Named tuples of tensors that have their first dimension in common.
 RowsT = TypeVar("RowsT", Users, Items, Seen, _Columns, _Said)
 
 
-def _columns(theta: Theta, events: Events, user_at: Array, item_at: Array) -> _Columns:
+def _columns(rule: Equations, theta: Theta, events: Events, user_at: Array, item_at: Array) -> _Columns:
     def put(column: Array) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(column)).to(theta.bias.device)
 
@@ -430,7 +445,7 @@ def _columns(theta: Theta, events: Events, user_at: Array, item_at: Array) -> _C
         x=x,
         c=c,
         w0=w0,
-        frozen=frozen(theta, x, c, w0, known),
+        frozen=rule.frozen(theta, x, c, w0, known),
         user=put(user_at),
         item=put(item_at),
         window=put(events.window),
@@ -439,7 +454,9 @@ def _columns(theta: Theta, events: Events, user_at: Array, item_at: Array) -> _C
     )
 
 
-def _adapt_window(theta: Theta, users: Users, items: Items, events: _Columns, bounds: Sequence[int]) -> _Said:
+def _adapt_window(
+    rule: Equations, theta: Theta, users: Any, items: Items, events: _Columns, bounds: Sequence[int]
+) -> _Said:
     """Learns one window round by round; writes into `users` and `items`, which are this batch's own copies."""
     which, at = torch.unique(events.item, return_inverse=True)
     before = _take(items, which)
@@ -450,17 +467,17 @@ def _adapt_window(theta: Theta, users: Users, items: Items, events: _Columns, bo
     rounds = []
     for start, stop in pairwise(b - bounds[0] for b in bounds):
         now = slice(stop - start)
-        rounds.append(_round(theta, _take(rows, now), _take(seen, slice(start, stop))))
+        rounds.append(_round(rule, theta, _take(rows, now), _take(seen, slice(start, stop))))
         _put(rows, now, rounds[-1][0])
     _put(users, present, rows)
     said = _concatenate([said for _, said in rounds])
-    _put(items, which, add_pending(before, settled, at, Lesson(said.taught, said.w, said.e, said.r)))
+    _put(items, which, add_pending(before, settled, at, Lesson(said.taught, said.w, said.precision, said.pull)))
     return said
 
 
-def _round(theta: Theta, users: Users, seen: Seen) -> tuple[Users, _Said]:
-    reading = read(theta, users, seen)
-    after, lesson, z, v = write(theta, users, seen, reading)
+def _round(rule: Equations, theta: Theta, users: Any, seen: Seen) -> tuple[Any, _Said]:
+    reading = rule.read(theta, users, seen)
+    after, lesson, z, v = rule.write(theta, users, seen, reading)
     return after, _Said(reading.z, reading.v, reading.v_item, reading.late, z, v, after.count, *lesson)
 
 
@@ -495,7 +512,7 @@ def _report(out: Scores, order: Longs, level: Array, frozen_score: Tensor, score
     out.flags[order] = late * Flag.LATE + score_only * Flag.SCORE_ONLY + ~(score_only | taught) * Flag.NAN_UNDONE
 
 
-def _remember(users: Users, seen: Seen, z: Tensor, taught: Tensor) -> Users:
+def remember(users: Any, seen: Seen, z: Tensor, taught: Tensor) -> Any:
     """Counters and ring after m events, of which some taught."""
     ring = users.ring_item.shape[1]
     here = torch.arange(ring, device=z.device) == (users.count % ring)[:, None]  # [m, N]
@@ -510,18 +527,18 @@ def _remember(users: Users, seen: Seen, z: Tensor, taught: Tensor) -> Users:
     )
 
 
-def _fits(rows: Tensor) -> Tensor:
+def fits(rows: Tensor) -> Tensor:
     """`[m]`: whether all of `[m, …]` fits into a row; NaN does not."""
     return (rows.abs() < LARGEST).all(1)
 
 
-def _item_fits(w: Tensor, e: Tensor, r: Tensor) -> Tensor:
+def item_fits(w: Tensor, e: Tensor, r: Tensor) -> Tensor:
     """`[m]`: whether the pending sums can hold 1/R, e/R, w²/R and w e/R."""
     reach = w.abs().amax(1).clamp(min=1.0)  # [m]
     return (e.abs() < LARGEST) & (reach * torch.maximum(reach, e.abs()) / r < LARGEST)
 
 
-def _item_variances(theta: Theta, known: Tensor) -> tuple[Tensor, Tensor]:
+def item_variances(theta: Theta, known: Tensor) -> tuple[Tensor, Tensor]:
     """Variances `[m]` of the bias and `[m]` of each offset coordinate that items start with."""
     seen = theta.item_events[known] / theta.noise  # [m]
     return 1.0 / (1.0 / theta.item_variance[0] + seen), 1.0 / (1.0 / theta.item_variance[1] + seen)
@@ -599,7 +616,7 @@ def _load(kind: type[RowsT], rows: Array, where: torch.device) -> RowsT:
     )
 
 
-def _store(slab: Array, slots: Longs, rows: Users | Items) -> None:
+def _store(slab: Array, slots: Longs, rows: Any) -> None:
     """Tensors back into the records at `slots` `[m]`."""
     for name, t in zip(rows._fields, rows, strict=True):
         field = slab[name]

@@ -23,6 +23,7 @@ integral with learned constants.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Any, NamedTuple
 
@@ -38,7 +39,8 @@ Array = npt.NDArray[Any]
 MS_PER_HOUR = 3_600_000.0
 #: A row's numbers stay below it, and so do an event's parts of the pending sums: float32 holds 10⁸ of them.
 LARGEST = 1e30
-_SCORE_ONLY, _NAN_UNDONE, _LATE = int(Flag.SCORE_ONLY), int(Flag.NAN_UNDONE), int(Flag.LATE)
+#: Bits of Flag, as compiled code takes them.
+SCORE_ONLY, NAN_UNDONE, LATE = int(Flag.SCORE_ONLY), int(Flag.NAN_UNDONE), int(Flag.LATE)
 
 
 class Theta(NamedTuple):
@@ -52,12 +54,17 @@ class Theta(NamedTuple):
     @classmethod
     def of(cls, weights: SlowWeights) -> Theta:
         """θ of a loaded model."""
-        numbers = np.zeros(1, _numbers_type(len(weights.prior_variance), len(weights.level_scores)))
+        numbers = np.zeros(1, numbers_type(len(weights.prior_variance), len(weights.level_scores)))
         numbers["bias"], numbers["noise"] = weights.bias, weights.noise
         numbers["leak_a"], numbers["leak_b"] = weights.leak
         numbers["alpha"], numbers["kappa"], numbers["beta"] = weights.readout
         numbers["bias_variance"], numbers["offset_variance"] = weights.item_variance
         numbers["prior_variance"], numbers["level_scores"] = weights.prior_variance, weights.level_scores
+        return cls.of_numbers(numbers, weights)
+
+    @classmethod
+    def of_numbers(cls, numbers: Array, weights: SlowWeights) -> Theta:
+        """A rule's numbers beside the tables of a loaded model."""
         tables = (weights.item_vector, weights.item_events, weights.feature_vector)
         return cls(numbers, *(np.concatenate([t, np.zeros((1, *t.shape[1:]), t.dtype)]) for t in tables))
 
@@ -106,14 +113,25 @@ def adapt(theta: Theta, users: Array, items: Array, events: Events, out: Scores)
         events: encoded.
         out: filled in.
     """
-    width, floats = users["d"].shape[1], users["P"].shape[1]
-    seen = np.zeros(len(events.user), _EVENT_TYPE)
+    adapt_with(_adapt, scratch_type(users["d"].shape[1], users["P"].shape[1]), theta, users, items, events, out)
+
+
+def adapt_with(
+    compiled: Callable[..., None],
+    scratch: np.dtype[Any],
+    theta: Theta,
+    users: Array,
+    items: Array,
+    events: Events,
+    out: Scores,
+) -> None:
+    """Runs a rule's compiled loop over n events, with a work space of its own."""
+    seen = np.zeros(len(events.user), EVENT_TYPE)
     for name in ("user", "item", "window", "time_ms", "level"):
         seen[name] = getattr(events, name)
     seen["item_events"] = theta.item_events[events.known]
-    scratch = np.zeros(1, _scratch_type(width, floats))
-    _adapt(
-        theta.numbers, users, items, seen, scratch,
+    compiled(
+        theta.numbers, users, items, seen, np.zeros(1, scratch),
         events.known, theta.item_vector, events.content, events.content_vectors, events.prior, events.prior_vectors,
         events.pointers, events.rows, events.weights, theta.feature_vector,
     )  # fmt: skip
@@ -122,14 +140,14 @@ def adapt(theta: Theta, users: Array, items: Array, events: Events, out: Scores)
 
 
 #: One event and what is said of it.
-_EVENT_TYPE = np.dtype(
+EVENT_TYPE = np.dtype(
     [(name, "<i8") for name in ("user", "item", "window", "time_ms", "level", "adaptations", "flags")]
     + [(name, "<f8") for name in ("item_events", "score", "frozen", "updated", "uncertainty")]
 )
 
 
 @cache
-def _numbers_type(width: int, levels: int) -> np.dtype[Any]:
+def numbers_type(width: int, levels: int) -> np.dtype[Any]:
     """θ's numbers: b, σ², leak, readout, an item's first variances, P₀ `[D+1]`, s `[L]`."""
     single = ("bias", "noise", "leak_a", "leak_b", "alpha", "kappa", "beta", "bias_variance", "offset_variance")
     arrays = [("prior_variance", "<f8", (width,)), ("level_scores", "<f8", (levels,))]
@@ -137,7 +155,7 @@ def _numbers_type(width: int, levels: int) -> np.dtype[Any]:
 
 
 @cache
-def _scratch_type(width: int, floats: int) -> np.dtype[Any]:
+def scratch_type(width: int, floats: int) -> np.dtype[Any]:
     """Work space of one step.
 
     x0, x: x̃ without and with the item's offset. w0, w, d, P: as in the equations, after the leak. g = P x̃. c, c_var,
@@ -145,7 +163,8 @@ def _scratch_type(width: int, floats: int) -> np.dtype[Any]:
     """
     of_width = [(name, "<f8", (width,)) for name in ("x0", "x", "w0", "w", "d", "g")]
     of_item = [("delta", "<f8", (width - 1,)), ("delta_var", "<f8", (width - 1,)), ("c", "<f8"), ("c_var", "<f8")]
-    return np.dtype([*of_width, ("P", "<f8", (floats,)), *of_item])
+    covariance = [("P", "<f8", (floats,))] if floats else []
+    return np.dtype([*of_width, *covariance, *of_item])
 
 
 @njit(cache=True, error_model="numpy", nogil=True)
@@ -155,15 +174,26 @@ def _adapt(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
 ):  # fmt: skip
     """Encodes every event into the work space, and takes its step."""
     s = scratch[0]
-    x0, w0 = s.x0, s.w0
     for i in range(events.shape[0]):
-        for j in range(x0.shape[0]):
-            x0[j] = item_vector[known[i], j] + content_vectors[content[i], j]
-            w0[j] = prior_vectors[prior[i], j]
-        for k in range(pointers[i], pointers[i + 1]):
-            for j in range(x0.shape[0]):
-                x0[j] += weights[k] * feature_vector[rows[k], j]
+        encode(
+            i, s, known, item_vector, content, content_vectors, prior, prior_vectors,
+            pointers, rows, weights, feature_vector,
+        )  # fmt: skip
         step(theta[0], users[events[i].user], items[events[i].item], events[i], s)
+
+
+@njit(cache=True, error_model="numpy")
+def encode(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    i, s, known, item_vector, content, content_vectors, prior, prior_vectors, pointers, rows, weights, feature_vector
+):
+    """Fills x̃ without the item's offset, with the item's bias under θ where x̃ has its 1, and the prior mean w₀."""
+    x0, w0 = s.x0, s.w0
+    for j in range(x0.shape[0]):
+        x0[j] = item_vector[known[i], j] + content_vectors[content[i], j]
+        w0[j] = prior_vectors[prior[i], j]
+    for k in range(pointers[i], pointers[i + 1]):
+        for j in range(x0.shape[0]):
+            x0[j] += weights[k] * feature_vector[rows[k], j]
 
 
 @njit(cache=True, error_model="numpy")
@@ -173,7 +203,7 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
     size = x.shape[0] - 1
     c0 = x0[size]  # the item's bias under θ lies where x̃ has its 1
     x0[size] = 1.0
-    _read_item(item, event.window, s)
+    read_item(item, event.window, s)
     _leak(theta, user, event.time_ms, s)
 
     z, v_item = theta.bias + c0 + s.c, s.c_var
@@ -189,21 +219,21 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
     event.updated = event.score
     event.frozen = _frozen(theta, event.item_events, c0, s)
     event.uncertainty = math.sqrt(v + v_item)
-    event.flags = _LATE if user.count > 0 and event.time_ms < user.last_ms else 0
+    event.flags = LATE if user.count > 0 and event.time_ms < user.last_ms else 0
     if event.level < 0:
-        event.flags |= _SCORE_ONLY
+        event.flags |= SCORE_ONLY
     else:
         e, r = theta.level_scores[event.level] - z, v + theta.noise
         v_new, fits = _learn_user(e, r + v_item, s)
-        if fits and _item_fits(r, e, s):
+        if fits and item_fits(r, e, s):
             z_new = z
             for j in range(size + 1):
                 z_new += (w0[j] + d[j] - w[j]) * x[j]
             event.updated = read_out(theta, z_new, v_new + v_item)
             _write_user(user, event, item.hash, z, s)
-            _write_item(item, event.window, r, e, s)
+            write_item(item, event.window, 1.0 / r, e / r, s)
         else:
-            event.flags |= _NAN_UNDONE
+            event.flags |= NAN_UNDONE
     event.adaptations = user.count
 
 
@@ -222,10 +252,10 @@ def read_out(theta, z, variance):  # type: ignore[no-untyped-def]  # pragma: no 
 
 
 @njit(cache=True, error_model="numpy")
-def _read_item(item, window, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+def read_item(item, window, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """Fills Δc, δ and their variances as of the start of `window`.
 
-    They are rounded as `_write_item` stores them: it makes no difference who is first to touch an item in a window.
+    They are rounded as `write_item` stores them: it makes no difference who is first to touch an item in a window.
     """
     c, c_var = float(item.c), float(item.c_var)
     delta, delta_var, info, total = item.delta, item.delta_var, item.delta_info, item.delta_sum
@@ -306,27 +336,30 @@ def _learn_user(e, total, s):  # type: ignore[no-untyped-def]  # pragma: no cove
     """d += g e/T, P −= g gᵀ/T in the work space; returns the new x̃ᵀP x̃ and whether a row can hold them."""
     d, g, x, P = s.d, s.g, s.x, s.P  # noqa: N806
     width = d.shape[0]
-    fits, v = True, 0.0
+    gain, shrink, unfit, v = e / total, 1.0 / total, 0, 0.0
     for j in range(width):
-        d[j] += g[j] * e / total
-        fits = fits and abs(d[j]) < LARGEST  # NaN compares false
+        d[j] += gain * g[j]
+        unfit += not abs(d[j]) < LARGEST  # NaN compares false
     if P.shape[0] == width:
         for j in range(width):
-            P[j] -= g[j] * g[j] / total
+            P[j] -= shrink * g[j] * g[j]
             v += P[j] * x[j] * x[j]
-            fits = fits and abs(P[j]) < LARGEST
+            unfit += not abs(P[j]) < LARGEST
     else:
         for j in range(width):
             start = j * (j + 1) // 2
+            scaled = shrink * g[j]
             for k in range(j + 1):
-                P[start + k] -= g[j] * g[k] / total
-                fits = fits and abs(P[start + k]) < LARGEST
-                v += P[start + k] * x[j] * x[k] * (1.0 if j == k else 2.0)
-    return max(v, 0.0), fits
+                P[start + k] -= scaled * g[k]
+                unfit += not abs(P[start + k]) < LARGEST
+            for k in range(j):
+                v += 2.0 * P[start + k] * x[j] * x[k]
+            v += P[start + j] * x[j] * x[j]
+    return max(v, 0.0), unfit == 0
 
 
 @njit(cache=True, error_model="numpy")
-def _item_fits(r, e, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+def item_fits(r, e, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """Whether the pending sums can hold 1/R, e/R, w²/R and w e/R."""
     w, reach = s.w, 1.0
     for j in range(w.shape[0]):
@@ -336,12 +369,18 @@ def _item_fits(r, e, s):  # type: ignore[no-untyped-def]  # pragma: no cover - c
 
 @njit(cache=True, error_model="numpy")
 def _write_user(user, event, item_hash, z, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """The learned row, its counters and its ring of recent events."""
+    """The learned row."""
     d, P, row_d, row_P = s.d, s.P, user.d, user.P  # noqa: N806
     for j in range(d.shape[0]):
         row_d[j] = d[j]
     for k in range(P.shape[0]):
         row_P[k] = P[k]
+    remember(user, event, item_hash, z)
+
+
+@njit(cache=True, error_model="numpy")
+def remember(user, event, item_hash, z):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Counts a learned event, and puts it into the ring of recent ones."""
     at = user.count % user.ring_item.shape[0]
     user.ring_item[at] = item_hash
     user.ring_time_s[at] = event.time_ms // 1000
@@ -352,8 +391,8 @@ def _write_user(user, event, item_hash, z, s):  # type: ignore[no-untyped-def]  
 
 
 @njit(cache=True, error_model="numpy")
-def _write_item(item, window, r, e, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """Applies what was due, then adds this event to the sums of its window."""
+def write_item(item, window, precision, pull, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Applies what was due, then adds this event's 1/R and e/R to the sums of its window."""
     delta, delta_var, info, total, w = item.delta, item.delta_var, item.delta_info, item.delta_sum, s.w
     if item.window != window:
         item.c, item.c_var = s.c, s.c_var
@@ -366,10 +405,10 @@ def _write_item(item, window, r, e, s):  # type: ignore[no-untyped-def]  # pragm
             total[j] = 0.0
         item.window = window
         item.pending_count = 0
-    item.c_info += 1.0 / r
-    item.c_sum += e / r
+    item.c_info += precision
+    item.c_sum += pull
     for j in range(delta.shape[0]):
-        info[j] += w[j] * w[j] / r
-        total[j] += w[j] * e / r
+        info[j] += precision * w[j] * w[j]
+        total[j] += pull * w[j]
     item.pending_count += 1
     item.count += 1
