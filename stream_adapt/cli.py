@@ -344,14 +344,14 @@ def bench_e2e(as_json: bool, **parameters: Any) -> None:
 @bench.command("step")
 @_json_option
 def bench_step(as_json: bool) -> None:
-    """Microseconds that scoring and adapting cost an event, and the bytes of a row, for each rule and covariance."""
+    """Microseconds that scoring and adapting cost an event, and the bytes of a row, for each rule and its variants."""
     from stream_adapt.bench import step_cost
 
     costs = step_cost()
     _print(costs, as_json)
     if not as_json:
         for rule, cost in costs.items():
-            click.echo(f"{rule:<18} {cost.us_per_event:.2f} us an event, {cost.row_bytes} bytes a user's row")
+            click.echo(f"{rule:<20} {cost.us_per_event:.2f} us an event, {cost.row_bytes} bytes a user's row")
 
 
 def _print(value: Any, as_json: bool) -> None:
