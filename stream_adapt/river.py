@@ -37,13 +37,15 @@ if TYPE_CHECKING:
 #: One event as River has it: names → values.
 Event = Mapping[Any, Any]
 Vector = npt.NDArray[np.float64]
+_User = tuple[Vector, Vector]  # d_u, V_u
+_Item = tuple[float, float]  # c_i, V_i
 
 #: Prior variances: of a weight of everybody, for features of about unit size; of a user's deviation from it, and of an
 #: item's bias. The last two are from MovieLens-100K's first half, where the optimum is flat.
 SHARED_VARIANCE, USER_VARIANCE, ITEM_VARIANCE = 1.0, 0.1, 0.3
 
 
-class FastWeightClassifier(base.MiniBatchClassifier):  # type: ignore[misc]  # River has no types here
+class FastWeightClassifier(base.MiniBatchClassifier):
     """Binary classification with fast weights for every user, adapted by a Kalman update after each event.
 
     Parameters
@@ -107,7 +109,7 @@ class FastWeightClassifier(base.MiniBatchClassifier):  # type: ignore[misc]  # R
         """Learns one event."""
         self._learner.learn([x], [y])
 
-    def predict_proba_one(self, x: Event, **_: Any) -> dict[bool, float]:
+    def predict_proba_one(self, x: Event, **_: Any) -> dict[bool | str | int, float]:
         """Probabilities of both labels; changes nothing."""
         yes = self._learner.score([x])[0]
         return {False: 1.0 - yes, True: yes}
@@ -124,6 +126,10 @@ class FastWeightClassifier(base.MiniBatchClassifier):  # type: ignore[misc]  # R
         return pd.DataFrame({False: 1.0 - yes, True: yes}, index=X.index)
 
 
+#: All events are taken to come through one partition.
+_PARTITION = 0
+
+
 class _Names(NamedTuple):
     """Names in an event that are no features."""
 
@@ -138,6 +144,7 @@ class _Pretrained:
 
     def __init__(self, path: str, names: _Names) -> None:
         model = read_model(Path(path))
+        self._path = path
         self._names = names
         self._feedback = model.spec.feedback
         self._features = features_struct(model.spec.features)
@@ -145,14 +152,14 @@ class _Pretrained:
         self._offset = 0
 
     def score(self, xs: Sequence[Event]) -> list[float]:
-        scores = self._adapter.adapt(self._batch(xs, np.full(len(xs), NO_LEVEL, np.int8))).score
+        here = np.full(len(xs), self._offset)  # where the next event will be, whichever it is
+        said = self._adapter.adapt(self._batch(xs, np.full(len(xs), NO_LEVEL, np.int8), here))
         self._adapter.abort()  # rows of users and items that were never seen
-        return scores.tolist()
+        return [float(score) for score in said.score]
 
     def learn(self, xs: Sequence[Event], ys: Sequence[Any]) -> None:
-        self._adapter.adapt(
-            self._batch(xs, self._levels([x.get(self._names.label, y) for x, y in zip(xs, ys, strict=True)]))
-        )
+        labels = [x.get(self._names.label, y) for x, y in zip(xs, ys, strict=True)]
+        self._adapter.adapt(self._batch(xs, self._levels(labels), self._offset + np.arange(len(xs))))
         self._adapter.commit()
         self._offset += len(xs)
 
@@ -166,7 +173,22 @@ class _Pretrained:
             )
         return np.array(labels, np.int8)
 
-    def _batch(self, xs: Sequence[Event], levels: npt.NDArray[np.int8]) -> Batch:
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Pickled as the path of the model, which must still be there, and the rows."""
+        tables = (self._adapter.users, self._adapter.items)
+        rows = [{i: t.layout.to_bytes(t.rows[slot]) for i, slot in t.items(_PARTITION)} for t in tables]
+        return _unpickled, (self._path, self._names, self._offset, rows)
+
+    def restore(self, offset: int, rows: Sequence[Mapping[str, bytes]]) -> None:
+        """Takes over what `__reduce__` wrote."""
+        self._offset = offset
+        for table, contents in zip((self._adapter.users, self._adapter.items), rows, strict=True):
+            slots = table.slots([_PARTITION] * len(contents), list(contents)) if contents else ()
+            for slot, content in zip(slots, contents.values(), strict=True):
+                table.rows[slot] = table.layout.from_bytes(content)[0]
+        self._adapter.commit()
+
+    def _batch(self, xs: Sequence[Event], levels: npt.NDArray[np.int8], offsets: npt.NDArray[np.int64]) -> Batch:
         for x in xs:
             if self._names.user not in x or self._names.item not in x:
                 raise ValueError(f"event {dict(x)!r:.200}: needs {self._names.user!r} and {self._names.item!r}")
@@ -177,9 +199,15 @@ class _Pretrained:
             features=[msgspec.convert(x, self._features) for x in xs],
             timestamps_ms=np.array([int(x.get(self._names.timestamp, 0)) for x in xs], np.int64),
             levels=levels,
-            partitions=np.zeros(len(xs), np.int32),
-            offsets=self._offset + np.arange(len(xs)),
+            partitions=np.full(len(xs), _PARTITION, np.int32),
+            offsets=offsets,
         )
+
+
+def _unpickled(path: str, names: _Names, offset: int, rows: Sequence[Mapping[str, bytes]]) -> _Pretrained:
+    learner = _Pretrained(path, names)
+    learner.restore(offset, rows)
+    return learner
 
 
 class _Scratch:
@@ -194,8 +222,8 @@ class _Scratch:
         self._coordinates: dict[str, int] = {}
         self._w = np.zeros(dimension + 1)
         self._P = np.eye(dimension + 1) * SHARED_VARIANCE
-        self._users: dict[Any, tuple[Vector, Vector]] = {}  # d_u, V_u
-        self._items: dict[Any, tuple[float, float]] = {}  # c_i, V_i
+        self._users: dict[Any, _User] = {}
+        self._items: dict[Any, _Item] = {}
 
     def score(self, xs: Sequence[Event]) -> list[float]:
         said = []
@@ -223,9 +251,7 @@ class _Scratch:
         if self._item in x:
             self._items[x[self._item]] = c + gain * item_variance, item_variance - shrink * item_variance**2
 
-    def _read(
-        self, x: Event, vector: Vector
-    ) -> tuple[float, float, Vector, tuple[Vector, Vector], tuple[float, float]]:
+    def _read(self, x: Event, vector: Vector) -> tuple[float, float, Vector, _User, _Item]:
         """z, v, P x̃, and what is known of the event's user and item; 0 and no variance where it has none."""
         g = self._P @ vector  # [D+1]
         nothing = np.zeros_like(vector)
@@ -246,7 +272,7 @@ class _Scratch:
             if at is not None:
                 vector[at] += value
             elif len(self._coordinates) == self._dimension:
-                vector[xxhash.xxh3_64_intdigest(key) % self._dimension] += value
+                vector[xxhash.xxh3_64_intdigest(key.encode()) % self._dimension] += value
         return vector
 
     def _know(self, x: Event) -> None:
