@@ -18,6 +18,7 @@ Around it:
     kafka/  errors                  consumer, producer, topics, a broker to try things on; what can go wrong
     config  logs  metrics  health   what an operator sets and sees
     cli  demo/  bench  evaluate/    commands, and what they measure: live, in speed, and in quality
+    river                           the learner as an estimator of River
     local  testing/                 this machine; fixtures and helpers for your own tests
 """
 
