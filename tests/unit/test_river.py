@@ -14,7 +14,7 @@ import pytest
 from learner_streams import part, random_model, random_stream
 
 pd = pytest.importorskip("pandas", reason="River's mini-batches are data frames")
-river = pytest.importorskip("river", reason="needs the extra 'evaluate'")
+river = pytest.importorskip("river", reason="needs the extra 'river'")
 from river import checks, compose, datasets, evaluate, linear_model, metrics, preprocessing  # noqa: E402
 
 import stream_adapt.river  # noqa: E402

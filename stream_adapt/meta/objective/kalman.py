@@ -21,8 +21,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stream_adapt.learner.rules.batching import Seen, Theta
 from stream_adapt.learner.rules.kalman import batched
-from stream_adapt.meta.objective.bridge import seen_of, theta_of
 from stream_adapt.meta.objective.contract import Events, Rows, Sequences
 
 
@@ -105,7 +105,19 @@ class Kalman:
     ) -> None:
         """θ's numbers: P₀ `[D+1]`, σ² scalar, a and b `[2]`, α, κ, β `[3]`, s `[L]`."""
         self.prior_variance, self.noise, self.leak, self.readout = prior_variance, noise, leak, readout
-        self._theta = theta_of(prior_variance, noise, leak, readout, level_scores)
+        nothing = prior_variance.new_zeros(0)
+        self._theta = Theta(
+            bias=nothing,
+            noise=noise.double(),
+            leak=leak.double(),
+            readout=readout.double(),
+            item_variance=nothing,
+            level_scores=level_scores.double(),
+            prior_variance=prior_variance.double(),
+            item_vector=nothing,
+            item_events=nothing,
+            feature_vector=nothing,
+        )
 
     def init(self, m: int) -> Rows:
         """d = 0, P = P₀."""
@@ -113,11 +125,11 @@ class Kalman:
 
     def read(self, rows: Rows, events: Events) -> Tensor:
         """Logits `[m]`, after the leak since the last event learned."""
-        return self._logits(batched.read(self._theta, batched.Users._make(rows), seen_of(events)), events)
+        return self._logits(batched.read(self._theta, batched.Users._make(rows), self._seen(events)), events)
 
     def step(self, rows: Rows, events: Events) -> tuple[Tensor, Rows]:
         """Logits `[m]`, and the rows after a measurement update."""
-        users, seen = batched.Users._make(rows), seen_of(events)
+        users, seen = batched.Users._make(rows), self._seen(events)
         reading = batched.read(self._theta, users, seen)
         return self._logits(reading, events), batched.write(self._theta, users, seen, reading).users
 
@@ -139,3 +151,19 @@ class Kalman:
 
     def _logits(self, reading: batched.Reading, events: Events) -> Tensor:
         return logit(Predictions(reading.z, reading.v), self._theta.readout).to(events.prior.dtype)
+
+    def _seen(self, events: Events) -> Seen:
+        """Events whose items are as θ has them: w₀ is in the prior already, and no item has a variance."""
+        x = events.x.double()  # [m, D+1]
+        zeros = torch.zeros_like(x)  # [m, D+1]
+        return Seen(
+            x=x,
+            w0=zeros,
+            offset=events.prior.double(),
+            c_var=zeros[:, 0],
+            delta_var=zeros[:, 1:],
+            item_hash=events.time_ms,
+            time_ms=events.time_ms,
+            level=events.level,
+            event_hash=events.time_ms.int(),  # nothing is screened in training
+        )

@@ -76,8 +76,8 @@ def init(theta: Theta, m: int, *, ring: int, dtype: torch.dtype = torch.float32)
 
 def read(theta: Theta, users: Users, seen: Seen, screen: Screen = LEARN_ALL) -> Reading:
     """Leak to the prior, then z = b + c + ⟨w, x̃⟩. The rows stay as they are."""
-    decay = torch.exp(-(theta.leak[0] + theta.leak[1] * torch.log1p(hours_since(users, seen))[:, None]))  # [m, D+1]
-    d = torch.where((users.count > 0)[:, None], decay * users.d, 0.0)  # [m, D+1]
+    kept = leaked(users.d, hours_since(users, seen), theta.leak)  # [m, D+1]
+    d = torch.where((users.count > 0)[:, None], kept, 0.0)  # [m, D+1]
     w = seen.w0 + d  # [m, D+1]
     z = seen.offset + (w * seen.x).sum(1)  # [m]
     return Reading(
@@ -100,9 +100,7 @@ def write(
     """
     q = torch.sigmoid(reading.z)  # [m]
     e, h = torch.sigmoid(theta.level_scores[seen.level.clamp(min=0)]) - q, q * (1.0 - q)  # [m], [m]
-    g = theta.prior_variance * seen.x  # [m, D+1]
-    gain = e / (1.0 + h * (g * seen.x).sum(1)) if normalized else e  # [m]
-    d = reading.d + gain[:, None] * g  # [m, D+1]
+    d = stepped(reading.d, seen.x, e, h, theta.prior_variance, normalized=normalized)  # [m, D+1]
     teaches = (seen.level >= 0) & (reading.flags & screen.barred == 0)  # [m]
     taught = teaches & fits(d) & item_fits(reading.w, e, torch.ones_like(e))  # [m]
     z = reading.z + ((seen.w0 + d - reading.w) * seen.x).sum(1)  # [m]
@@ -112,6 +110,18 @@ def write(
         z=torch.where(taught, z, reading.z),
         v=reading.v,
     )
+
+
+def leaked(d: Tensor, hours: Tensor, leak: Tensor) -> Tensor:
+    """d `[m, D+1]` after `hours` `[m]`: γ d with γ of a, b = `leak` `[2, D+1]`."""
+    return torch.exp(-(leak[0] + leak[1] * torch.log1p(hours)[:, None])) * d  # [m, D+1]
+
+
+def stepped(d: Tensor, x: Tensor, e: Tensor, h: Tensor, rates: Tensor, *, normalized: bool) -> Tensor:
+    """d `[m, D+1]` after a step: d + η x̃ e/N, for errors `[m]`, curvatures `[m]` and η = `rates` `[D+1]`."""
+    g = rates * x  # [m, D+1]
+    gain = e / (1.0 + h * (g * x).sum(1)) if normalized else e  # [m]
+    return d + gain[:, None] * g  # [m, D+1]
 
 
 def frozen(theta: Theta, x: Tensor, c: Tensor, w0: Tensor, known: Tensor) -> Tensor:
