@@ -23,6 +23,7 @@ Around it:
     config  logs  metrics  health   what an operator sets and sees
     cli  demo/  bench  evaluate/    commands, and what they measure: live, in speed, and in quality
     chaos/                          everything that goes wrong, on a real broker, and a count at the end
+    river                           the learner as an estimator of River
     local  testing/                 this machine; fixtures and helpers for your own tests
 """
 

@@ -33,7 +33,7 @@ from stream_adapt.evaluate import figures as of
 from stream_adapt.evaluate.figures import Figures, Outcomes
 from stream_adapt.evaluate.halves import Half, Halves, cut, two_levels
 from stream_adapt.evaluate.metrics import Floats
-from stream_adapt.models import Covariance, LearnerSpec, Model, read_model, write_model
+from stream_adapt.models import Covariance, LearnerSpec, Model, RuleName, read_model, write_model
 from stream_adapt.pretraining import told_objective
 
 if TYPE_CHECKING:  # torch takes seconds to import: only where it is used
@@ -56,7 +56,9 @@ class ReplayOptions:
     mapping: Path | None = None  # of a log of one's own
     model: Path | None = None  # a model or a registry; None: pretrain on the first half
     levels: Levels = "all"  # two: feedback is reduced to the target's yes or no
+    rule: RuleName = "kalman"  # of a model that is pretrained here
     covariance: Covariance | None = None  # None: the model's, or diagonal
+    normalized: bool = LearnerSpec().normalized  # steps of the gradient rule
     partitions: int = 1
     objective: str = "prequential"  # of pretraining; direct: without meta-learning, as the baseline
     support: float | None = None  # of maml and fomaml
@@ -90,7 +92,8 @@ class ReplayResult(Figures, frozen=True, kw_only=True):
     refused: int  # events that the decoder would send to the dead letters
     partitions: int
     levels: Levels
-    covariance: Covariance
+    rule: RuleName
+    covariance: Covariance  # of the Kalman rule
     objective: str | None  # None: of the model that was given
     seeds: int
     warm: bool
@@ -140,6 +143,7 @@ class Replay:
             refused=len(self.halves.first.dead_letters) + len(self.halves.second.dead_letters),
             partitions=self.options.partitions,
             levels="two" if len(feedback.levels) == 2 else "all",
+            rule=self.spec.rule,
             covariance=self.spec.covariance,
             objective=self.options.objective if self.version is None else None,
             seeds=len(adapted),
@@ -207,7 +211,8 @@ def _given(path: Path, options: ReplayOptions) -> Model:
 
 def _spec(source: Source, options: ReplayOptions) -> LearnerSpec:
     feedback = two_levels(source.feedback) if options.levels == "two" else source.feedback
-    return LearnerSpec(source.features, feedback, covariance=options.covariance or "diagonal")
+    covariance = options.covariance or "diagonal"
+    return LearnerSpec(source.features, feedback, options.rule, covariance=covariance, normalized=options.normalized)
 
 
 def _pretrained(run: Replay, seed: int, bar: Progress) -> tuple[Model, float]:

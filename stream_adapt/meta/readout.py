@@ -18,10 +18,10 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from stream_adapt.learner.encoder import EncodingCache, FeatureReader, FittedFeature, event_pairs
-from stream_adapt.learner.rules.kalman.layout import item_layout, user_layout
-from stream_adapt.learner.rules.kalman.step import Events, Scores, Theta, adapt
+from stream_adapt.learner.rules import find
+from stream_adapt.learner.rules.events import Events, Scores
 from stream_adapt.meta.sequences import Log
-from stream_adapt.models import LearnerSpec, SlowWeights
+from stream_adapt.models import MODEL_FORMAT, LearnerSpec, Manifest, Model, SlowWeights
 
 Floats = npt.NDArray[np.float64]
 
@@ -97,18 +97,17 @@ def _encoded(weights: SlowWeights, spec: LearnerSpec, fitted: tuple[FittedFeatur
 def _linear(weights: SlowWeights, spec: LearnerSpec, events: Events, log: Log) -> tuple[Tensor, Tensor]:
     """z and v + v_item `[n]` of every event before it was learned, all users and items at their start."""
     plain = msgspec.structs.replace(weights, readout=np.array([1.0, 0.0, 0.0], np.float32))  # p = σ(z)
-    theta = Theta.of(plain)
-    users = np.zeros(int(events.user.max()) + 1, user_layout(spec).dtype)
-    items = np.zeros(int(events.item.max()) + 1, item_layout(spec).dtype)
-    width, floats = len(weights.prior_variance), users["P"].shape[1]
-    diagonal = np.arange(width) if floats == width else np.arange(width) * (np.arange(width) + 3) // 2
-    users["P"][:, diagonal] = weights.prior_variance
+    rule, model = find(spec.rule), Model(Manifest(MODEL_FORMAT, "", 0, "", spec, ()), plain)
+    users = np.zeros(int(events.user.max()) + 1, rule.user_layout(spec).dtype)
+    items = np.zeros(int(events.item.max()) + 1, rule.item_layout(spec).dtype)
+    for name, value in rule.first_user(model).items():
+        users[name] = value
     seen = np.zeros(len(items))
-    seen[events.item] = theta.item_events[events.known] / np.float64(weights.noise[0])
+    seen[events.item] = np.append(weights.item_events, 0.0)[events.known] / np.float64(weights.noise[0])
     bias_variance, offset_variance = weights.item_variance.astype(np.float64)
     items["c_var"], items["delta_var"] = 1 / (1 / bias_variance + seen), (1 / (1 / offset_variance + seen))[:, None]
     said = Scores.empty(len(log))
-    adapt(theta, users, items, events, said)
+    rule.compiled(model)(users, items, events, said)
     return torch.logit(torch.from_numpy(said.score), eps=1e-12), torch.from_numpy(said.uncertainty).square()
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from typing import Any, cast
 
 import msgspec
@@ -23,11 +24,12 @@ from stream_adapt.errors import ConfigError, DataError, ModelError
 from stream_adapt.learner.encoder import FittedFeature
 from stream_adapt.meta import axes, objective, readout, sequences
 from stream_adapt.meta.objective.contract import Problem, Rule, Sequences
+from stream_adapt.meta.objective.gradient import Gradient
 from stream_adapt.meta.objective.kalman import Kalman
 from stream_adapt.meta.objective.prequential import predict
 from stream_adapt.meta.pace import Clock, Pace, Validate, Watch, held_out
 from stream_adapt.meta.sequences import Columns, Log, Vocabulary
-from stream_adapt.models import Floats32, LearnerSpec, SlowWeights
+from stream_adapt.models import Floats32, LearnerSpec, RuleName, SlowWeights
 from stream_adapt.record import UserEvent
 
 
@@ -67,6 +69,9 @@ STEPS, SMALLEST_BATCH, LARGEST_BATCH = 50, 512, 8_192
 JITTER = 0.2
 #: Rate for logs up to SMALL_LOG events, and beyond: at 0.01 MovieLens-100K had a log-loss 0.005 higher.
 RATES, SMALL_LOG = (0.006, 0.01), 100_000
+#: Where σ² starts. Under the gradient rule, which does not learn it, it only says how sure pretraining is of an item: 1
+#: over the curvature of the logistic loss at ½.
+NOISE: dict[RuleName, float] = {"kalman": 2.0, "gradient": 4.0}
 #: With more co-occurrence features than that the small log is overfitted: AUC −0.004 on MovieLens-100K with 64.
 ITEMS_PER_COOCCURRENCE = 40
 
@@ -210,13 +215,15 @@ class Parameters(nn.Module):
         self.feature_vector = table(vocabulary.rows("item"))  # [F, D+1]
         self.user_vector = nn.Parameter(torch.zeros(vocabulary.rows("user"), width))  # [A, D+1]
         self.prior_mean = nn.Parameter(torch.zeros(width))  # [D+1]
+        # P₀ or, of the gradient rule, its rates.
         self.log_prior_variance = nn.Parameter(torch.full((width,), math.log(0.5)))  # [D+1]
         scores, thresholds = _level_priors(levels, spec)
         self.level_scores = nn.Parameter(scores)  # [L]
         self.thresholds = nn.Parameter(thresholds)  # [L-1]
         self.bias = nn.Parameter(scores[levels].mean(0, keepdim=True))  # [1]
-        self.log_noise = nn.Parameter(torch.tensor(math.log(2.0)))
-        self.log_leak = nn.Parameter(torch.tensor([0.003, 0.01]).log())  # [2]
+        self.log_noise = nn.Parameter(torch.tensor(math.log(NOISE[spec.rule])))
+        leak = torch.tensor([0.003, 0.01]).log()  # [2]
+        self.log_leak = nn.Parameter(leak.view(2, *[1] * (len(spec.leak_shape) - 1)).repeat(1, *spec.leak_shape[1:]))
         self.log_readout = nn.Parameter(torch.tensor([1.0, math.pi / 8]).log())  # [2] α, κ (MacKay, 1992)
         self.readout_bias = nn.Parameter(torch.zeros(1))  # [1] β
         self.cooccurrence: Tensor
@@ -227,6 +234,7 @@ class Parameters(nn.Module):
         popularity = torch.cat([popularity / popularity.std(correction=0).clamp_min(1e-3), torch.zeros(1)])
         self.register_buffer("popularity", popularity)  # [I+1]
         self.target = spec.feedback.target_level
+        self.spec = spec
 
     def decays(self, settings: TrainSettings) -> dict[str, float]:
         """Decoupled decay of each parameter that has one."""
@@ -251,9 +259,10 @@ class Parameters(nn.Module):
         )
 
     def rule(self) -> Rule:
-        """The update rule under this θ."""
+        """The update rule under this θ: the one place in training that asks for its name."""
+        make = Kalman if self.spec.rule == "kalman" else partial(Gradient, normalized=self.spec.normalized)
         noise, leak = self.log_noise.exp(), self.log_leak.exp()
-        return Kalman(self.log_prior_variance.exp(), noise, leak, self.readout(), self.level_scores)
+        return make(self.log_prior_variance.exp(), noise, leak, self.readout(), self.level_scores)
 
     def problem(self, columns: Columns, numbers: Tensor, real: Tensor, id_kept: Tensor | None) -> Problem:
         """What objectives judge of events `numbers` `[B, T]`; see `forward`."""
@@ -443,12 +452,11 @@ def _folded_for(
     columns: Columns,
     settings: TrainSettings,
 ) -> list[SlowWeights]:
-    """θ for each spec: as trained for full covariance, in axes of its own for a diagonal one."""
+    """θ for each spec: as trained, or in axes of its own for a diagonal covariance."""
     weights = fold(parameters, vocabulary, settings)
-    if all(spec.covariance == "full" for spec in specs):
-        return [weights for _ in specs]
-    turned = axes.turned(weights, _second_moment(parameters, columns))
-    return [weights if spec.covariance == "full" else turned for spec in specs]
+    narrow = [spec.rule == "kalman" and spec.covariance == "diagonal" for spec in specs]
+    turned = axes.turned(weights, _second_moment(parameters, columns)) if any(narrow) else weights
+    return [turned if each else weights for each in narrow]
 
 
 @torch.no_grad()

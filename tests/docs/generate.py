@@ -21,7 +21,8 @@ from stream_adapt.cli import cli
 from stream_adapt.config import OWNED_PROPERTIES, Config
 from stream_adapt.decode import REASONS
 from stream_adapt.kafka.topics import product_topics
-from stream_adapt.learner.rules.kalman.layout import item_layout, user_layout
+from stream_adapt.learner.rules.kalman.layout import user_layout
+from stream_adapt.learner.rules.layout import item_layout
 from stream_adapt.models import LearnerSpec
 
 ROOT = Path(__file__).parents[2]

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stream_adapt.learner.rules.batching import Seen, Theta
 from stream_adapt.learner.rules.kalman import batched
 from stream_adapt.meta.objective.contract import Events, Rows, Sequences
 
@@ -142,7 +143,7 @@ class Kalman:
         """θ's numbers: P₀ `[D+1]`, σ² scalar, a and b `[2]`, α, κ, β `[3]`, s `[L]`."""
         self.prior_variance, self.noise, self.leak, self.readout = prior_variance, noise, leak, readout
         nothing = prior_variance.new_zeros(0)
-        self._theta = batched.Theta(
+        self._theta = Theta(
             bias=nothing,
             noise=noise.double(),
             leak=leak.double(),
@@ -188,11 +189,11 @@ class Kalman:
     def _logits(self, reading: batched.Reading, events: Events) -> Tensor:
         return logit(Predictions(reading.z, reading.v), self._theta.readout).to(events.prior.dtype)
 
-    def _seen(self, events: Events) -> batched.Seen:
+    def _seen(self, events: Events) -> Seen:
         """Events whose items are as θ has them: w₀ is in the prior already, and no item has a variance."""
         x = events.x.double()  # [m, D+1]
         zeros = torch.zeros_like(x)  # [m, D+1]
-        return batched.Seen(
+        return Seen(
             x=x,
             w0=zeros,
             offset=events.prior.double(),
