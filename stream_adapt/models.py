@@ -26,7 +26,10 @@ from stream_adapt.learner.encoder import Feature, FittedFeature
 from stream_adapt.learner.feedback import Feedback
 
 #: Raised by one when the meaning of a manifest or of an array changes.
-MODEL_FORMAT = 1
+MODEL_FORMAT = 2
+
+#: No number of `implicit_item` is beyond it: 2³¹ events of such items add up to what a row can hold.
+LARGEST_IMPLICIT = 1e6
 
 Floats32 = npt.NDArray[np.float32]
 RuleName = Literal["kalman", "gradient"]
@@ -44,6 +47,7 @@ class LearnerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     dimension: int = 16  # D
     window: int = 256  # W: offsets of a partition between two changes of an item's values
     ring: int = 16  # N: recent events a row remembers
+    implicit: int = 7  # H: numbers of a user's implicit state; 0: none
 
     @property
     def leak_shape(self) -> tuple[int, ...]:
@@ -77,6 +81,8 @@ class SlowWeights(msgspec.Struct, frozen=True):
     user_vector: Floats32  # [A, D+1] what user attributes add to the prior mean
     prior_mean: Floats32  # [D+1] m₀
     prior_variance: Floats32  # [D+1] diagonal of P₀; in its place the gradient rule has its rates α
+    implicit_item: Floats32  # [n, H] f: what an event with the item adds to a user's implicit state
+    implicit_map: Floats32  # [H, D+1] Bᵀ: what the implicit state adds to the prior mean
     level_scores: Floats32  # [L] s; of the gradient rule the logits of its targets
     bias: Floats32  # [1] b
     noise: Floats32  # [1] σ²
@@ -96,6 +102,8 @@ class SlowWeights(msgspec.Struct, frozen=True):
             "user_vector": (attributes, width),
             "prior_mean": (width,),
             "prior_variance": (width,),
+            "implicit_item": (n, spec.implicit),
+            "implicit_map": (spec.implicit, width),
             "level_scores": (levels,),
             "bias": (1,),
             "noise": (1,),
@@ -229,8 +237,12 @@ def _check(weights: SlowWeights, spec: LearnerSpec, fitted: tuple[FittedFeature,
             raise ModelError(f"{where}: {name}={getattr(weights, name).tolist()} must be above 0: it is a variance")
     if weights.readout[1] < 0:
         raise ModelError(f"{where}: readout κ={weights.readout[1]} must not be negative")
-    if min(spec.dimension, spec.window, spec.ring) < 1:
-        raise ModelError(f"{where}: dimension, window and ring must be at least 1: {spec}")
+    if min(spec.dimension, spec.window, spec.ring) < 1 or spec.implicit < 0:
+        raise ModelError(f"{where}: dimension, window and ring must be at least 1, implicit at least 0: {spec}")
+    if np.any(np.abs(weights.implicit_item) > LARGEST_IMPLICIT):
+        raise ModelError(
+            f"{where}: implicit_item holds numbers beyond {LARGEST_IMPLICIT:g}: sums of them would not fit into rows"
+        )
     rows = {"user": len(weights.user_vector), "x": len(weights.feature_vector)}
     for one in fitted:
         table = "user" if one.feature.of == "user" else "x"

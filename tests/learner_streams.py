@@ -44,12 +44,21 @@ def random_model(
     seed: int = 0,
     size: int = 6,
     window: int = 16,
+    implicit: int = 3,
 ) -> Model:
     """A model of D = `size` that knows the items i0 … i39."""
     rng = np.random.default_rng(seed)
     declared = FEATURES if features else {}
     spec = LearnerSpec(
-        declared, FEEDBACK, rule, covariance=covariance, normalized=normalized, dimension=size, window=window, ring=4
+        declared,
+        FEEDBACK,
+        rule,
+        covariance=covariance,
+        normalized=normalized,
+        dimension=size,
+        window=window,
+        ring=4,
+        implicit=implicit,
     )
     columns = {
         "genres": [GENRES],
@@ -81,6 +90,8 @@ def random_model(
         leak=_leak(spec, rng),
         readout=np.array([1.1, 0.3, 0.2], np.float32),
         item_variance=np.array([0.2, 0.05], np.float32),
+        implicit_item=normal(KNOWN_ITEMS, implicit),
+        implicit_map=normal(implicit, size + 1),
     )
     return Model(Manifest(1, "v", 0, "", spec, fitted), weights)
 

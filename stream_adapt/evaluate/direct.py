@@ -77,6 +77,8 @@ def model(
     """
     from stream_adapt.meta import direct, sequences
 
+    spec = msgspec.structs.replace(spec, implicit=0)
+
     def train(events: list[UserEvent]) -> Directly:
         return direct.train(sequences.read_log(events, spec), spec, settings, device, progress, clock)
 

@@ -39,6 +39,7 @@ def turned(weights: SlowWeights, moment: Floats) -> SlowWeights:
         feature_vector=_times(weights.feature_vector, of_x),
         user_vector=_times(weights.user_vector, of_w),
         prior_mean=_times(weights.prior_mean, of_w),
+        implicit_map=_times(weights.implicit_map, of_w),
         prior_variance=prior_variance,
         item_variance=item_variance,
     )

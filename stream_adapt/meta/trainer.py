@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from stream_adapt.errors import ConfigError, DataError, ModelError
 from stream_adapt.learner.encoder import FittedFeature
+from stream_adapt.learner.rules.batching import implicit_scale
 from stream_adapt.meta import axes, objective, readout, sequences
 from stream_adapt.meta.objective.contract import Problem, Rule, Sequences
 from stream_adapt.meta.objective.gradient import Gradient
@@ -43,6 +44,7 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clip: float = 1.0  # norm of the gradient
     item_decay: float = 2.0  # decoupled, times the rate, on the vectors of item ids
     item_bias_decay: float = 0.4  # the same, on their biases
+    implicit_decay: float = 2.0  # the same, on what the implicit state adds to the prior mean
     averaged: float = 0.4  # share of the steps, the last ones, after which the parameters are averaged
     id_dropout: float = 0.2  # share of events that see an item without its id, so that unseen items lean on content
     longest: int = 512  # events in a training window; 256 cost AUC 0.0004 on MovieLens-1M, nothing on 100K
@@ -226,6 +228,11 @@ class Parameters(nn.Module):
         self.log_leak = nn.Parameter(leak.view(2, *[1] * (len(spec.leak_shape) - 1)).repeat(1, *spec.leak_shape[1:]))
         self.log_readout = nn.Parameter(torch.tensor([1.0, math.pi / 8]).log())  # [2] α, κ (MacKay, 1992)
         self.readout_bias = nn.Parameter(torch.zeros(1))  # [1] β
+        hidden = spec.implicit
+        self.implicit_id = nn.Parameter(torch.zeros(len(vocabulary.item_hash), hidden))  # [I, H]
+        content = torch.randn(cooccurrence.shape[1], hidden, generator=generator) * 0.1
+        self.implicit_cooccurrence = nn.Parameter(content)  # [K, H]
+        self.implicit_map = nn.Parameter(torch.randn(hidden, width, generator=generator) * 0.1)  # [H, D+1]
         self.cooccurrence: Tensor
         self.popularity: Tensor
         self.register_buffer("cooccurrence", cooccurrence)  # [I+1, K]
@@ -238,7 +245,12 @@ class Parameters(nn.Module):
 
     def decays(self, settings: TrainSettings) -> dict[str, float]:
         """Decoupled decay of each parameter that has one."""
-        return {"id_vector": settings.item_decay, "id_bias": settings.item_bias_decay}
+        return {
+            "id_vector": settings.item_decay,
+            "id_bias": settings.item_bias_decay,
+            "implicit_id": settings.item_decay,
+            "implicit_map": settings.implicit_decay,
+        }
 
     def item_content(self) -> Tensor:
         """What co-occurrence and popularity add to x̃ `[I+1, D+1]`; zeros for the unknown item, the last."""
@@ -247,6 +259,10 @@ class Parameters(nn.Module):
     def item_id(self) -> Tensor:
         """What the id itself adds to x̃ `[I+1, D+1]`; zeros for the unknown item, the last."""
         return nn.functional.pad(torch.cat([self.id_vector, self.id_bias[:, None]], 1), (0, 0, 0, 1))
+
+    def implicit_item(self) -> Tensor:
+        """f `[I+1, H]`: what an event adds to its user's implicit state; zeros for the unknown item, the last."""
+        return nn.functional.pad(self.implicit_id, (0, 0, 0, 1)) + self.cooccurrence @ self.implicit_cooccurrence
 
     def readout(self) -> Tensor:
         """α, κ, β `[3]`."""
@@ -278,9 +294,16 @@ class Parameters(nn.Module):
             vectors = vectors + encoded.sums(events, self.feature_vector).view_as(vectors)  # [B, T, D+1]
         means = self.prior_mean + columns.of_user.sums(events, self.user_vector).view_as(vectors)  # [B, T, D+1]
         x = nn.functional.pad(vectors[..., :-1], (0, 1), value=1.0)  # [B, T, D+1]
-        prior = self.bias + vectors[..., -1] + (means * x).sum(-1)  # [B, T]
+        lean = ((self._implicit(items, real) @ self.implicit_map) * x).sum(-1)  # [B, T]
+        prior = self.bias + vectors[..., -1] + (means * x).sum(-1) + lean  # [B, T]
         scores = self.level_scores[columns.levels[numbers]]  # [B, T]
-        return Sequences(x, prior, scores, _gaps(columns.hours[numbers]), real)
+        return Sequences(x, prior, scores, _gaps(columns.hours[numbers]), real, lean)
+
+    def _implicit(self, items: Tensor, real: Tensor) -> Tensor:
+        """ψ `[B, T, H]` of what came before each event, from the items `[B, T]` alone."""
+        added = self.implicit_item()[items] * real[..., None]  # [B, T, H]
+        scale = implicit_scale(torch.arange(items.shape[1], device=items.device))  # [T]
+        return (added.cumsum(1) - added) * scale[:, None].to(added.dtype)
 
 
 def _gaps(hours: Tensor) -> Tensor:
@@ -484,6 +507,8 @@ def fold(parameters: Parameters, vocabulary: Vocabulary, settings: TrainSettings
         user_vector=array(parameters.user_vector),
         prior_mean=array(parameters.prior_mean),
         prior_variance=array(parameters.log_prior_variance.exp()),
+        implicit_item=array(parameters.implicit_item()[:-1]),
+        implicit_map=array(parameters.implicit_map),
         level_scores=array(parameters.level_scores),
         bias=array(parameters.bias),
         noise=array(parameters.log_noise.exp()[None]),

@@ -62,6 +62,8 @@ def random_weights(
         item_events=np.full(len(hashes), 20.0, dtype=np.float32),
         feature_vector=table(_rows(fitted, of_users=False)),
         user_vector=table(_rows(fitted, of_users=True)),
+        implicit_item=random.normal(0.0, 0.1, (len(hashes), spec.implicit)).astype(np.float32),
+        implicit_map=random.normal(0.0, 0.1, (spec.implicit, width)).astype(np.float32),
         **{name: np.asarray(value, dtype=np.float32) for name, value in numbers.items()},
     )
 

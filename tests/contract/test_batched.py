@@ -155,11 +155,16 @@ def test_first_rows_are_those_of_the_slab(covariance: Covariance) -> None:
             np.testing.assert_array_equal(field, value.numpy().view(field.dtype), err_msg=name)
 
 
+#: What of θ those updates go through.
+LEAVES = (*Theta._fields[:8], "implicit_item", "implicit_map")
+
+
 def through_two_windows(covariance: Covariance) -> tuple[Callable[..., Tensor], tuple[Tensor, ...]]:
     """The scores of two users' four events as a function of θ, and a θ. Items learn, and settle, on the way."""
     model = random_model(covariance, size=2)
     theta = Theta._make(t.double() for t in Theta.of(model.weights))
-    theta = theta._replace(item_vector=theta.item_vector[:3], item_events=theta.item_events[:3])
+    tables = ("item_vector", "item_events", "implicit_item")
+    theta = theta._replace(**{name: getattr(theta, name)[:3] for name in tables})
     rng = np.random.default_rng(5)
     known, hours = torch.tensor([[0, 1], [1, 0], [0, 0], [1, 2]]), torch.tensor([[0, 0], [1, 5], [2, 7], [50, 7]])
     levels = torch.tensor([[0, 4], [3, 1], [4, 2], [1, -1]])
@@ -167,13 +172,14 @@ def through_two_windows(covariance: Covariance) -> tuple[Callable[..., Tensor], 
     no_pairs = (torch.zeros(0).long(), torch.zeros(0).long(), torch.zeros(0))
 
     def scores(*leaves: Tensor) -> Tensor:
-        given_theta, said = Theta(*leaves, item_events=theta.item_events, feature_vector=theta.feature_vector), []
+        given_theta, said = theta._replace(**dict(zip(LEAVES, leaves, strict=True))), []
         users = batched.init(given_theta, 2, full=covariance == "full", ring=2, dtype=torch.float64)
         items = batching.init_items(given_theta, torch.arange(3), torch.arange(3), dtype=torch.float64)
         for t in range(4):
             settled = batching.settle(items, torch.full((3,), t // 2))
             x, c = batching.encode(given_theta, known[t], torch.zeros(2, 3), no_pairs)
             seen = seen_of(given_theta, x, c, w0, settled, known[t], hours[t], levels[t])
+            seen = seen._replace(added=given_theta.implicit_item[known[t]])
             reading = batched.read(given_theta, users, seen)
             said.append(batching.read_out(given_theta, reading.z, reading.v + reading.v_item))
             users, lesson, z, v = batched.write(given_theta, users, seen, reading)
@@ -181,7 +187,7 @@ def through_two_windows(covariance: Covariance) -> tuple[Callable[..., Tensor], 
             items = batching.add_pending(items, settled, known[t], lesson)
         return torch.cat(said)
 
-    return scores, tuple(t.clone().requires_grad_() for t in theta[:8])
+    return scores, tuple(getattr(theta, name).clone().requires_grad_() for name in LEAVES)
 
 
 def seen_of(
@@ -190,7 +196,16 @@ def seen_of(
     delta = torch.cat([items.delta[at], torch.zeros(len(at), 1)], 1)
     offset, time_ms = theta.bias + c + items.c[at], hours * 3_600_000
     return Seen(
-        x + delta, w0, offset, items.c_var[at], items.delta_var[at], items.hash[at], time_ms, level, level.int()
+        x + delta,
+        w0,
+        offset,
+        items.c_var[at],
+        items.delta_var[at],
+        items.hash[at],
+        time_ms,
+        level,
+        level.int(),
+        delta[:, :0],
     )
 
 
@@ -213,7 +228,7 @@ def test_a_row_forgets_by_the_millisecond_over_years(rule: RuleName, variant: st
     users = users._replace(count=users.count + 1, d=users.d + 1)
     one, two = torch.ones(1, 7, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
     ms = torch.tensor([31_536_000_123])  # a year
-    said = module.read(theta, users, Seen(one, one, two, two, one[:, 1:], ms, ms, ms, ms.int()))
+    said = module.read(theta, users, Seen(one, one, two, two, one[:, 1:], ms, ms, ms, ms.int(), one[:, :3]))
     gamma = torch.exp(-(theta.leak[0] + theta.leak[1] * math.log1p(31_536_000_123 / 3.6e6)))
     torch.testing.assert_close(said.d[0], gamma.expand(7), rtol=1e-14, atol=0)
 
@@ -224,7 +239,7 @@ def test_writing_leaves_the_rows_it_was_given_alone() -> None:
     users = batched.init(theta, 2, full=False, ring=2)
     kept = Users._make(t.clone() for t in users)
     one, two = torch.ones(2, 7, dtype=torch.float64), torch.ones(2, dtype=torch.float64)
-    seen = Seen(one, one, two, two, one[:, 1:], two.long(), two.long(), two.long(), two.int())
+    seen = Seen(one, one, two, two, one[:, 1:], two.long(), two.long(), two.long(), two.int(), one[:, :3])
     written = batched.write(theta, users, seen, batched.read(theta, users, seen))
     assert all(torch.equal(a, b) for a, b in zip(kept, users, strict=True))
     assert not torch.equal(users.d, written.users.d)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, get_args, get_type_hints
 
+import msgspec
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,7 +23,7 @@ from learner_streams import (
 
 from stream_adapt.adapt import Adapter
 from stream_adapt.learner import rules
-from stream_adapt.models import LearnerSpec, Model, RuleName
+from stream_adapt.models import LearnerSpec, Model, RuleName, SlowWeights
 from stream_adapt.record import Adapted, Batch, Flag
 from stream_adapt.state.row import RowError
 
@@ -217,3 +218,28 @@ def assert_undone(adapter: Adapter, levels: set[int]) -> None:
 def test_an_empty_batch_is_no_work(rule: RuleName, variant: str, device: str) -> None:
     said: Adapted = Adapter(model_of(rule, variant), device).adapt(part(random_stream(3), slice(0, 0)))
     assert len(said.score) == 0
+
+
+@both_devices
+def test_which_items_a_user_has_met_counts_whatever_was_said_of_them(rule: RuleName, variant: str, device: str) -> None:
+    model, events = model_of(rule, variant), random_stream(200)
+    silent = msgspec.structs.replace(model.weights, implicit_map=np.zeros_like(model.weights.implicit_map))
+    moved, still = Adapter(model, device).adapt(events), Adapter(with_arrays(model, silent), device).adapt(events)
+    first = [k for k in range(200) if events.user_ids[k] not in events.user_ids[:k]]
+    np.testing.assert_array_equal(moved.frozen_score, still.frozen_score)
+    np.testing.assert_allclose(moved.score[first[:1]], still.score[first[:1]], rtol=0, atol=1e-12)
+    assert np.mean(np.abs(moved.score - still.score) > 1e-3) > 0.5
+
+
+@both_devices
+def test_a_model_without_implicit_state_has_none_in_its_rows(rule: RuleName, variant: str, device: str) -> None:
+    """It says what one says whose implicit state moves nothing."""
+    none, some, events = model_of(rule, variant, implicit=0), model_of(rule, variant), random_stream(200)
+    silent = msgspec.structs.replace(some.weights, implicit_map=np.zeros_like(some.weights.implicit_map))
+    adapter = Adapter(none, device)
+    assert_said_equal(Adapter(with_arrays(some, silent), device).adapt(events), adapter.adapt(events))
+    assert adapter.users.rows["implicit"].shape[1] == 0
+
+
+def with_arrays(model: Model, weights: SlowWeights) -> Model:
+    return msgspec.structs.replace(model, weights=weights)

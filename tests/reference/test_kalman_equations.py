@@ -31,8 +31,9 @@ TOLERANCE = 1e-5
 
 @dataclass
 class User:
-    w: Matrix  # [D+1]
+    d: Matrix  # [D+1] w − w₀
     P: Matrix  # [D+1, D+1]
+    f: Matrix  # [H] sum over the events learned
     count: int = 0
     last_ms: int = 0
 
@@ -93,7 +94,9 @@ class Reference:
         w0 = theta["prior_mean"] + self.encoding(features, ("user",), theta["user_vector"])
         noise, b = theta["noise"][0], theta["bias"][0]
         first_variance = 1 / (1 / theta["item_variance"][[1] * size + [0]] + seen / noise)
-        user = self.users.setdefault((partition, user_id), User(w0, self.P0))
+        user = self.users.setdefault(
+            (partition, user_id), User(np.zeros(size + 1), self.P0, np.zeros(self.spec.implicit))
+        )
         item = self.items.setdefault((partition, item_id), Item(1 / first_variance, np.zeros(size + 1)))
 
         late = user.count > 0 and time_ms < user.last_ms
@@ -101,7 +104,9 @@ class Reference:
         if user.count:
             hours = max(0, time_ms - user.last_ms) / 3.6e6
             gamma = math.exp(-(theta["leak"][0] + theta["leak"][1] * math.log(1 + hours)))
-        w = w0 + gamma * (user.w - w0)
+        q = user.f / math.sqrt((1 + user.count) * (1 + user.count / 512))
+        leant = w0 + theta["implicit_map"].T @ q
+        w = leant + gamma * user.d
         P = gamma**2 * user.P + (1 - gamma**2) * self.P0  # noqa: N806
 
         before = Item(item.precision, item.information, item.window, list(item.pending))
@@ -122,13 +127,14 @@ class Reference:
         e, total = theta["level_scores"][level] - z, v + noise + v_item
         item.settle(window)
         item.pending.append((np.append(w[:size], 1.0), e, v + noise))
-        user.w = w + P @ x * e / total
+        user.d = gamma * user.d + P @ x * e / total
+        user.f = user.f + self.implicit(item_id)
         user.P = P - np.outer(P @ x, P @ x) / total
         if self.spec.covariance == "diagonal":
             user.P = np.diag(np.diag(user.P))
         user.count += 1
         user.last_ms = max(user.last_ms, time_ms)
-        updated = self.p(b + c + dc + user.w @ x, x @ user.P @ x + v_item)
+        updated = self.p(b + c + dc + (leant + user.d) @ x, x @ user.P @ x + v_item)
         return score, frozen, updated, math.sqrt(v + v_item), user.count, int(Flag.LATE if late else 0)
 
     def p(self, z: float, variance: float) -> float:
@@ -142,6 +148,12 @@ class Reference:
         known = np.flatnonzero(theta["item_hash"] == np.uint64(xxhash.xxh3_64_intdigest(item_id.encode())))
         x = x + theta["item_vector"][known].sum(axis=0)
         return x[:-1], float(x[-1]), float(theta["item_events"][known].sum())
+
+    def implicit(self, item_id: str) -> Matrix:
+        """f of an item `[H]`: zeros where θ does not know it."""
+        known = np.flatnonzero(self.theta["item_hash"] == np.uint64(xxhash.xxh3_64_intdigest(item_id.encode())))
+        f: Matrix = self.theta["implicit_item"][known].sum(axis=0)
+        return f
 
     def encoding(self, features: Any, roles: tuple[str, ...], table: Matrix) -> Matrix:
         """Σ weight × row `[D+1]` over the declared features of these roles."""

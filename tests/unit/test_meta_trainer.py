@@ -11,14 +11,16 @@ import numpy as np
 import pytest
 import torch
 
+from stream_adapt.adapt import Adapter
 from stream_adapt.errors import ConfigError, DataError, ModelError
 from stream_adapt.learner.encoder import Bag, Categorical, FeatureReader, Numeric, features_struct
 from stream_adapt.learner.feedback import Feedback, LabelCuts
 from stream_adapt.meta import objective, readout, sequences, trainer
+from stream_adapt.meta.objective.prequential import predict
 from stream_adapt.meta.pace import Pace, Watch, held_out
 from stream_adapt.meta.trainer import Trained, TrainSettings, pretrain
-from stream_adapt.models import LearnerSpec, SlowWeights, read_model, write_model
-from stream_adapt.record import ItemId, UserEvent, UserId
+from stream_adapt.models import LearnerSpec, Manifest, Model, SlowWeights, read_model, write_model
+from stream_adapt.record import Batch, ItemId, UserEvent, UserId
 
 STARS = Feedback(("1", "2", "3", "4", "5"), "4", LabelCuts((1.0, 5.0), (2.0, 3.0, 4.0, 5.0)))
 SPEC = LearnerSpec(
@@ -231,6 +233,36 @@ def served(weights: SlowWeights, fitted: Any, event: UserEvent) -> tuple[Any, fl
             total += np.float32(weight) * table[row]
     x = np.append(vector[:-1], np.float32(1.0))
     return x, float(weights.bias[0] + vector[-1] + mean @ x)
+
+
+def test_training_says_what_service_will_say_of_a_whole_history() -> None:
+    """With items that cannot move; the implicit state is made large enough to be seen."""
+    spec, events = msgspec.structs.replace(SPEC, covariance="full"), tastes(60)
+    events = [msgspec.structs.replace(e, user_id=UserId("u")) for e in events]
+    log = sequences.read_log(events, spec)
+    parameters, vocabulary = trainer.train(log.head(40), spec, QUICK, torch.device("cpu"), trainer.Steps(None, 1))
+    torch.nn.init.normal_(parameters.implicit_id, generator=torch.Generator().manual_seed(0))
+    problem = parameters.problem(sequences.encode(log, vocabulary), torch.arange(60)[None], torch.ones(1, 60) > 0, None)
+    with torch.no_grad():
+        adapted, frozen = (torch.sigmoid(t)[0] for t in (predict(problem), problem.rule.frozen(problem.seen)))
+    assert problem.seen.lean is not None
+    assert problem.seen.lean[0, 0] == 0.0
+    assert problem.seen.lean.abs().max() > 0.1
+    weights = trainer.fold(parameters, vocabulary, QUICK)
+    still = msgspec.structs.replace(weights, item_variance=np.full(2, 1e-12, np.float32))
+    batch = Batch(
+        event_ids=[str(k) for k in range(60)],
+        user_ids=["u"] * 60,  # type: ignore[list-item]
+        item_ids=[e.item_id for e in events],
+        features=log.features,
+        timestamps_ms=log.times_ms,
+        levels=log.levels.astype(np.int8),
+        partitions=np.zeros(60, np.int32),
+        offsets=np.arange(60),
+    )
+    said = Adapter(Model(Manifest(1, "v", 0, "", spec, vocabulary.fitted), still)).adapt(batch)
+    np.testing.assert_allclose(said.score, adapted.numpy(), atol=1e-5)
+    np.testing.assert_allclose(said.frozen_score, frozen.numpy(), atol=1e-5)
 
 
 def test_folded_weights_say_what_the_trained_parameters_say() -> None:

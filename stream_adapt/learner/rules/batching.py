@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from stream_adapt.errors import ConfigError
-from stream_adapt.learner.rules.compiled import LARGEST, MS_PER_HOUR
+from stream_adapt.learner.rules.compiled import HORIZON, LARGEST, MS_PER_HOUR
 from stream_adapt.learner.rules.events import Array, Events, Scores, Screen
 from stream_adapt.models import SlowWeights
 from stream_adapt.record import Flag
@@ -38,7 +38,7 @@ Longs = npt.NDArray[np.int64]
 
 
 class Theta(NamedTuple):
-    """θ as tensors on one device: float64, but for the three tables, which stay float32."""
+    """θ as tensors on one device: float64, but for the tables, which stay float32."""
 
     bias: Tensor  # [1] b
     noise: Tensor  # [1] σ²
@@ -50,6 +50,8 @@ class Theta(NamedTuple):
     item_vector: Tensor  # [I+1, D+1] of I known items, and a last row of zeros for all others
     item_events: Tensor  # [I+1]
     feature_vector: Tensor  # [F+1, D+1]
+    implicit_item: Tensor  # [I+1, H]
+    implicit_map: Tensor  # [H, D+1] Bᵀ, float64
 
     @classmethod
     def of(cls, weights: SlowWeights, device: torch.device | str = "cpu") -> Theta:
@@ -59,7 +61,7 @@ class Theta(NamedTuple):
             ConfigError: torch cannot use the device.
         """
         where = _usable(device)
-        tables = ("item_vector", "item_events", "feature_vector")
+        tables = ("item_vector", "item_events", "feature_vector", "implicit_item")
         return cls(
             **{
                 name: _with_zeros(getattr(weights, name), where) if name in tables else _double(weights, name, where)
@@ -97,6 +99,7 @@ class Seen(NamedTuple):
     time_ms: Tensor  # [m] int64
     level: Tensor  # [m] int64; negative: none, nothing is learned
     event_hash: Tensor  # [m] int32, the bits of what rings keep of the event's id
+    added: Tensor  # [m, H] f of the item
 
 
 class Lesson(NamedTuple):
@@ -311,6 +314,7 @@ class _Columns(NamedTuple):
     time_ms: Tensor  # [n]
     level: Tensor  # [n]
     event_hash: Tensor  # [n]
+    added: Tensor  # [n, H]
 
 
 class _Said(NamedTuple):
@@ -352,6 +356,7 @@ def _columns(rule: Equations, theta: Theta, events: Events, user_at: Array, item
         time_ms=put(events.time_ms),
         level=put(events.level).long(),
         event_hash=put(events.event_hash.astype(np.uint32).view(np.int32)),
+        added=theta.implicit_item[known],
     )
 
 
@@ -400,6 +405,7 @@ def _seen(theta: Theta, events: _Columns, settled: Items, at: Tensor) -> Seen:
         time_ms=events.time_ms,
         level=events.level,
         event_hash=events.event_hash,
+        added=events.added,
     )
 
 
@@ -428,19 +434,32 @@ def hours_since(users: Any, seen: Seen) -> Tensor:
 
 
 def remember(users: Any, seen: Seen, z: Tensor, taught: Tensor) -> Any:
-    """Counters and ring after m events, of which some taught."""
+    """Counters, implicit state and ring after m events, of which some taught."""
     ring = users.ring_item.shape[1]
     here = torch.arange(ring, device=z.device) == (users.count % ring)[:, None]  # [m, N]
     here = here & taught[:, None]  # [m, N]
     return users._replace(
         last_ms=torch.where(taught, torch.maximum(users.last_ms, seen.time_ms), users.last_ms),
         count=users.count + taught,
+        implicit=chosen(taught, users.implicit.double() + seen.added.double(), users.implicit),
         ring_item=chosen(here, seen.item_hash[:, None], users.ring_item),
         ring_time_s=chosen(here, (seen.time_ms // 1000)[:, None], users.ring_time_s),
         ring_event=chosen(here, seen.event_hash[:, None], users.ring_event),
         ring_level=chosen(here, seen.level[:, None], users.ring_level),
         ring_logit=chosen(here, z[:, None], users.ring_logit),
     )
+
+
+def prior_mean(theta: Theta, users: Any, seen: Seen) -> Tensor:
+    """w₀ + B ψ `[m, D+1]`: the prior mean, as the items that the users have learned of move it."""
+    state: Tensor = users.implicit.double() * implicit_scale(users.count)[:, None]  # [m, H] ψ
+    return seen.w0 + state @ theta.implicit_map
+
+
+def implicit_scale(count: Tensor) -> Tensor:
+    """What sums over `count` events learned are multiplied with: 1/√((1 + n)(1 + n/HORIZON)), in float64."""
+    n = count.double()
+    return torch.rsqrt((1.0 + n) * (1.0 + n / HORIZON))
 
 
 def screened(users: Any, seen: Seen, screen: Screen) -> Tensor:

@@ -25,6 +25,8 @@ from stream_adapt.record import Flag
 MS_PER_HOUR = 3_600_000.0
 #: A row's numbers stay below it, and so do an event's parts of the pending sums: float32 holds 10⁸ of them.
 LARGEST = 1e30
+#: Events learned from which on the implicit state becomes a mean: up to there it grows with √n, as in training.
+HORIZON = 512.0
 #: Bits of Flag, as compiled code takes them.
 SCORE_ONLY, NAN_UNDONE = int(Flag.SCORE_ONLY), int(Flag.NAN_UNDONE)
 LATE, DUPLICATE = int(Flag.LATE), int(Flag.DUPLICATE)
@@ -37,11 +39,12 @@ class Theta(NamedTuple):
     item_vector: Array  # [n+1, D+1] of n known items, and a last row of zeros for all others
     item_events: Array  # [n+1]
     feature_vector: Array  # [F+1, D+1]; the last row, of zeros, keeps it from being empty
+    implicit_item: Array  # [n+1, H]; the last row is of zeros
 
     @classmethod
     def of(cls, numbers: Array, weights: SlowWeights) -> Theta:
         """A rule's numbers beside the tables of a loaded model."""
-        tables = (weights.item_vector, weights.item_events, weights.feature_vector)
+        tables = (weights.item_vector, weights.item_events, weights.feature_vector, weights.implicit_item)
         return cls(numbers, *(np.concatenate([t, np.zeros((1, *t.shape[1:]), t.dtype)]) for t in tables))
 
 
@@ -71,7 +74,7 @@ def adapt_with(
     compiled(
         theta.numbers, users, items, seen, np.zeros(1, scratch),
         events.known, theta.item_vector, events.content, events.content_vectors, events.prior, events.prior_vectors,
-        events.pointers, events.rows, events.weights, theta.feature_vector,
+        events.pointers, events.rows, events.weights, theta.feature_vector, theta.implicit_item,
     )  # fmt: skip
     for name, column in zip(out._fields, out, strict=True):
         column[:] = seen[name]
@@ -79,16 +82,30 @@ def adapt_with(
 
 @njit(cache=True, error_model="numpy")
 def encode(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    i, s, known, item_vector, content, content_vectors, prior, prior_vectors, pointers, rows, weights, feature_vector
-):
-    """Fills x̃ without the item's offset, with the item's bias under θ where x̃ has its 1, and the prior mean w₀."""
-    x0, w0 = s.x0, s.w0
+    i, s, known, item_vector, content, content_vectors, prior, prior_vectors, pointers, rows, weights, feature_vector,
+    implicit_item,
+):  # fmt: skip
+    """Fills x̃ without the item's offset, with the item's bias under θ where x̃ has its 1, the prior mean w₀, and f."""
+    x0, w0, f = s.x0, s.w0, s.f
+    for h in range(f.shape[0]):
+        f[h] = implicit_item[known[i], h]
     for j in range(x0.shape[0]):
         x0[j] = item_vector[known[i], j] + content_vectors[content[i], j]
         w0[j] = prior_vectors[prior[i], j]
     for k in range(pointers[i], pointers[i + 1]):
         for j in range(x0.shape[0]):
             x0[j] += weights[k] * feature_vector[rows[k], j]
+
+
+@njit(cache=True, error_model="numpy")
+def lean(theta, user, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Adds to w₀ what the items that the user has learned of say: w₀ ← w₀ + B ψ."""
+    w0, total, n = s.w0, user.implicit, float(user.count)
+    scale = 1.0 / math.sqrt((1.0 + n) * (1.0 + n / HORIZON))
+    for h in range(total.shape[0]):
+        q, at = scale * total[h], h * w0.shape[0]
+        for j in range(w0.shape[0]):
+            w0[j] += q * theta.implicit_map[at + j]
 
 
 @njit(cache=True, error_model="numpy")
@@ -152,8 +169,10 @@ def item_fits(r, e, s):  # type: ignore[no-untyped-def]  # pragma: no cover - co
 
 
 @njit(cache=True, error_model="numpy")
-def remember(user, event, item_hash, z):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """Counts a learned event, and puts it into the ring of recent ones."""
+def remember(user, event, item_hash, z, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Counts a learned event, adds to the implicit state, and puts the event into the ring of recent ones."""
+    for h in range(s.f.shape[0]):
+        user.implicit[h] += s.f[h]
     at = user.count % user.ring_item.shape[0]
     user.ring_item[at] = item_hash
     user.ring_time_s[at] = event.time_ms // 1000

@@ -11,7 +11,7 @@ from stream_adapt.state.row import Field, Kind, Layout
 
 
 def user_layout(spec: LearnerSpec, *own: Field) -> Layout:
-    """Row of a user, with a rule's `own` fields after the fast weights; D+1 = spec.dimension + 1, N = spec.ring."""
+    """Row of a user, with a rule's `own` fields before the ring; D+1 = spec.dimension + 1, N = spec.ring."""
     width, ring = spec.dimension + 1, spec.ring
     return Layout(
         Kind.USER,
@@ -19,6 +19,7 @@ def user_layout(spec: LearnerSpec, *own: Field) -> Layout:
             Field("last_ms", "<i8", (), "time of the last event learned, ms since the epoch"),
             Field("count", "<i4", (), "events learned"),
             Field("d", "<f4", (width,), "fast weights less their prior mean, w − w₀; the last is the user's bias"),
+            Field("implicit", "<f4", (spec.implicit,), "sum of f(item) over the events learned"),
             *own,
             Field("ring_item", "<u8", (ring,), "the last N events, the k-th at k mod N: xxh3-64 of the item id"),
             Field("ring_time_s", "<u4", (ring,), "their times, s since the epoch"),

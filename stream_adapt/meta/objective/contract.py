@@ -37,10 +37,16 @@ class Sequences:
     """B users' sequences, padded at their ends; what a padded event holds counts for nothing."""
 
     x: Tensor  # [B, T, D+1] x̃
-    prior: Tensor  # [B, T] b + c + ⟨w₀, x̃⟩
+    prior: Tensor  # [B, T] b + c + ⟨w₀, x̃⟩, with w₀ as the user's earlier items move it
     scores: Tensor  # [B, T] s_ℓ
     gaps: Tensor  # [B, T] hours since the sequence's event before; 0 at the first
     real: Tensor  # [B, T] bool
+    lean: Tensor | None = None  # [B, T] what of `prior` the user's earlier items say; None: nothing
+
+    @property
+    def frozen(self) -> Tensor:
+        """What θ says without anything that a row keeps: `prior` less `lean` `[B, T]`."""
+        return self.prior if self.lean is None else self.prior - self.lean
 
     @property
     def lengths(self) -> Tensor:

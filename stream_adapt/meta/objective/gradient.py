@@ -61,7 +61,7 @@ class Gradient:
 
     def frozen(self, seen: Sequences) -> Tensor:
         """Logits `[B, T]` at d = 0."""
-        return self._logits(seen.prior)
+        return self._logits(seen.frozen)
 
     def closed_form(self, seen: Sequences) -> None:
         """There is none."""

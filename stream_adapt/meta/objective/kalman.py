@@ -126,7 +126,7 @@ def posterior(
 
 def predict_frozen(sequences: Sequences, prior_variance: Tensor) -> Predictions:
     """What the prior alone says: the same model without adaptation."""
-    return Predictions(z=sequences.prior, v=sequences.x.square() @ prior_variance)
+    return Predictions(z=sequences.frozen, v=sequences.x.square() @ prior_variance)
 
 
 def logit(predictions: Predictions, readout: Tensor) -> Tensor:
@@ -154,6 +154,8 @@ class Kalman:
             item_vector=nothing,
             item_events=nothing,
             feature_vector=nothing,
+            implicit_item=nothing,
+            implicit_map=prior_variance.new_zeros(0, len(prior_variance), dtype=torch.float64),
         )
 
     def init(self, m: int) -> Rows:
@@ -203,4 +205,5 @@ class Kalman:
             time_ms=events.time_ms,
             level=events.level,
             event_hash=events.time_ms.int(),  # nothing is screened in training
+            added=x[:, :0],  # the implicit state is in the prior already
         )

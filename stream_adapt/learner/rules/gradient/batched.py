@@ -27,6 +27,7 @@ from stream_adapt.learner.rules.batching import (
     hours_since,
     item_fits,
     item_variances,
+    prior_mean,
     read_out,
     remember,
     screened,
@@ -40,6 +41,7 @@ class Users(NamedTuple):
     last_ms: Tensor  # [m]
     count: Tensor  # type: ignore[assignment]  # [m], not tuple's
     d: Tensor  # [m, D+1]
+    implicit: Tensor  # [m, H]
     ring_item: Tensor  # [m, N]
     ring_time_s: Tensor  # [m, N]
     ring_event: Tensor  # [m, N]
@@ -54,7 +56,7 @@ class Reading(NamedTuple):
     v: Tensor  # [m] zeros: the rule keeps no uncertainty of its users
     v_item: Tensor  # [m] V_c + Σ w² V_δ
     flags: Tensor  # [m] bits of Flag that the user's row tells: late, duplicate
-    w: Tensor  # [m, D+1] w₀ + d
+    w: Tensor  # [m, D+1] w₀ + B ψ + d
     d: Tensor  # [m, D+1]
 
 
@@ -66,6 +68,7 @@ def init(theta: Theta, m: int, *, ring: int, dtype: torch.dtype = torch.float32)
         last_ms=count.long(),
         count=count,
         d=torch.zeros(m, len(theta.prior_variance), dtype=dtype, device=where),
+        implicit=torch.zeros(m, len(theta.implicit_map), dtype=dtype, device=where),
         ring_item=ring_floats.long(),
         ring_time_s=ring_floats.int(),
         ring_event=ring_floats.int(),
@@ -78,7 +81,7 @@ def read(theta: Theta, users: Users, seen: Seen, screen: Screen = LEARN_ALL) -> 
     """Leak to the prior, then z = b + c + ⟨w, x̃⟩. The rows stay as they are."""
     kept = leaked(users.d, hours_since(users, seen), theta.leak)  # [m, D+1]
     d = torch.where((users.count > 0)[:, None], kept, 0.0)  # [m, D+1]
-    w = seen.w0 + d  # [m, D+1]
+    w = prior_mean(theta, users, seen) + d  # [m, D+1]
     z = seen.offset + (w * seen.x).sum(1)  # [m]
     return Reading(
         z=z,
@@ -103,7 +106,7 @@ def write(
     d = stepped(reading.d, seen.x, e, h, theta.prior_variance, normalized=normalized)  # [m, D+1]
     teaches = (seen.level >= 0) & (reading.flags & screen.barred == 0)  # [m]
     taught = teaches & fits(d) & item_fits(reading.w, e, torch.ones_like(e))  # [m]
-    z = reading.z + ((seen.w0 + d - reading.w) * seen.x).sum(1)  # [m]
+    z = reading.z + ((d - reading.d) * seen.x).sum(1)  # [m]
     return Written(
         users=remember(users, seen, reading.z, taught)._replace(d=chosen(taught, d, users.d)),
         lesson=Lesson(taught, reading.w, h, e),

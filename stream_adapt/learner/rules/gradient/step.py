@@ -5,6 +5,7 @@ strictly sequential, so that results do not depend on how a stream was cut into 
 
 With x̃ = [x + δ ; 1] and w = w₀ + d, everything with an index j learned in θ for each coordinate:
 
+    prior     w₀ = m₀ + A·a_u + B ψ     ψ = Σ f(item) / √((1 + n)(1 + n/512)) of the n events learned
     leak      γⱼ = exp(−(aⱼ + bⱼ·log(1 + Δt/1 h)))     dⱼ ← γⱼ dⱼ
     read      z = b + c + Δc + ⟨w, x̃⟩    q = σ(z)       v_item = V_c + Σⱼ wⱼ² V_δⱼ
     score     p = σ(α z / √(1 + κ v_item) + β)
@@ -34,6 +35,7 @@ from stream_adapt.learner.rules.compiled import (
     adapt_with,
     encode,
     item_fits,
+    lean,
     read_item,
     read_out,
     remember,
@@ -47,35 +49,38 @@ from stream_adapt.models import SlowWeights
 
 def theta_of(weights: SlowWeights, *, normalized: bool) -> Theta:
     """θ of a loaded model as the compiled code reads it."""
-    numbers = np.zeros(1, _numbers_type(len(weights.prior_variance), len(weights.level_scores)))
+    hidden, width = weights.implicit_map.shape
+    numbers = np.zeros(1, _numbers_type(width, len(weights.level_scores), hidden))
     numbers["normalized"] = normalized
     numbers["bias"], numbers["noise"] = weights.bias, weights.noise
     numbers["alpha"], numbers["kappa"], numbers["beta"] = weights.readout
     numbers["bias_variance"], numbers["offset_variance"] = weights.item_variance
     numbers["leak_a"], numbers["leak_b"] = weights.leak
     numbers["rates"], numbers["targets"] = weights.prior_variance, [sigmoid(s) for s in weights.level_scores.tolist()]
+    numbers["implicit_map"] = weights.implicit_map.ravel()
     return Theta.of(numbers, weights)
 
 
 @cache
-def _numbers_type(width: int, levels: int) -> np.dtype[Any]:
-    """θ's numbers: b, σ², readout, an item's first variances; a, b, η `[D+1]` each, y `[L]`."""
+def _numbers_type(width: int, levels: int, hidden: int) -> np.dtype[Any]:
+    """θ's numbers: b, σ², readout, an item's first variances; a, b, η `[D+1]` each, y `[L]`, Bᵀ `[H·(D+1)]`."""
     single = ("bias", "noise", "alpha", "kappa", "beta", "bias_variance", "offset_variance")
     arrays = [(name, "<f8", (width,)) for name in ("leak_a", "leak_b", "rates")]
     single_fields = [("normalized", "<i8"), *((name, "<f8") for name in single)]
-    return np.dtype([*single_fields, *arrays, ("targets", "<f8", (levels,))])
+    arrays += [("targets", "<f8", (levels,)), ("implicit_map", "<f8", (hidden * width,))]
+    return np.dtype([*single_fields, *arrays])
 
 
 @cache
-def _scratch_type(width: int) -> np.dtype[Any]:
+def _scratch_type(width: int, hidden: int) -> np.dtype[Any]:
     """Work space of one step.
 
     x0, x: x̃ without and with the item's offset. w0, w, d: as in the equations, after the leak. g = η x̃. c, c_var,
-    delta, delta_var: the item's deviation from θ, with the pending sums of earlier windows applied.
+    delta, delta_var: the item's deviation from θ, with the pending sums of earlier windows applied. f: of the item.
     """
     of_width = [(name, "<f8", (width,)) for name in ("x0", "x", "w0", "w", "d", "g")]
     of_item = [("delta", "<f8", (width - 1,)), ("delta_var", "<f8", (width - 1,)), ("c", "<f8"), ("c_var", "<f8")]
-    return np.dtype([*of_width, *of_item])
+    return np.dtype([*of_width, *of_item, ("f", "<f8", (hidden,))])
 
 
 def adapt(theta: Theta, users: Array, items: Array, events: Events, out: Scores) -> None:
@@ -88,20 +93,22 @@ def adapt(theta: Theta, users: Array, items: Array, events: Events, out: Scores)
         events: encoded.
         out: filled in.
     """
-    adapt_with(_adapt, _scratch_type(users["d"].shape[1]), theta, users, items, events, out)
+    scratch = _scratch_type(*(users[name].shape[1] for name in ("d", "implicit")))
+    adapt_with(_adapt, scratch, theta, users, items, events, out)
 
 
 @njit(cache=True, error_model="numpy", nogil=True)
 def _adapt(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     theta, users, items, events, scratch,
     known, item_vector, content, content_vectors, prior, prior_vectors, pointers, rows, weights, feature_vector,
+    implicit_item,
 ):  # fmt: skip
     """Encodes every event into the work space, and takes its step."""
     s = scratch[0]
     for i in range(events.shape[0]):
         encode(
             i, s, known, item_vector, content, content_vectors, prior, prior_vectors,
-            pointers, rows, weights, feature_vector,
+            pointers, rows, weights, feature_vector, implicit_item,
         )  # fmt: skip
         step(theta[0], users[events[i].user], items[events[i].item], events[i], s)
 
@@ -113,6 +120,8 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
     size = x.shape[0] - 1
     c0 = x0[size]  # the item's bias under θ lies where x̃ has its 1
     x0[size] = 1.0
+    event.frozen = _frozen(theta, event.item_events, c0, s)
+    lean(theta, user, s)
     read_item(item, event.window, s)
     _leak(theta, user, event.time_ms, s)
 
@@ -126,7 +135,6 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
 
     event.score = read_out(theta, z, v_item)
     event.updated = event.score
-    event.frozen = _frozen(theta, event.item_events, c0, s)
     event.uncertainty = math.sqrt(v_item)
     event.flags = screened(user, event)
     if event.level < 0:
@@ -197,4 +205,4 @@ def _write_user(user, event, item_hash, z, s):  # type: ignore[no-untyped-def]  
     d, row_d = s.d, user.d
     for j in range(d.shape[0]):
         row_d[j] = d[j]
-    remember(user, event, item_hash, z)
+    remember(user, event, item_hash, z, s)

@@ -26,6 +26,7 @@ from stream_adapt.learner.rules.batching import (
     hours_since,
     item_fits,
     item_variances,
+    prior_mean,
     read_out,
     remember,
     screened,
@@ -39,6 +40,7 @@ class Users(NamedTuple):
     last_ms: Tensor  # [m]
     count: Tensor  # type: ignore[assignment]  # [m], not tuple's
     d: Tensor  # [m, D+1]
+    implicit: Tensor  # [m, H]
     P: Tensor  # [m, K]
     ring_item: Tensor  # [m, N]
     ring_time_s: Tensor  # [m, N]
@@ -54,7 +56,7 @@ class Reading(NamedTuple):
     v: Tensor  # [m] x̃ᵀP x̃
     v_item: Tensor  # [m] V_c + Σ w² V_δ
     flags: Tensor  # [m] bits of Flag that the user's row tells: late, duplicate
-    w: Tensor  # [m, D+1] w₀ + d
+    w: Tensor  # [m, D+1] w₀ + B ψ + d
     d: Tensor  # [m, D+1]
     P: Tensor  # [m, K]
     g: Tensor  # [m, D+1] P x̃
@@ -68,6 +70,7 @@ def init(theta: Theta, m: int, *, full: bool, ring: int, dtype: torch.dtype = to
         last_ms=count.long(),
         count=count,
         d=torch.zeros(m, len(theta.prior_variance), dtype=dtype, device=where),
+        implicit=torch.zeros(m, len(theta.implicit_map), dtype=dtype, device=where),
         P=_prior(theta, full).to(dtype).repeat(m, 1),
         ring_item=ring_floats.long(),
         ring_time_s=ring_floats.int(),
@@ -84,7 +87,7 @@ def read(theta: Theta, users: Users, seen: Seen, screen: Screen = LEARN_ALL) -> 
     square = gamma * gamma  # [m, 1]
     prior = _prior(theta, users.P.shape[1] != users.d.shape[1])  # [K]
     d, P = gamma * users.d, square * users.P + (1.0 - square) * prior  # [m, D+1], [m, K]  # noqa: N806
-    w, g = seen.w0 + d, _times(P, seen.x)  # [m, D+1]
+    w, g = prior_mean(theta, users, seen) + d, _times(P, seen.x)  # [m, D+1]
     return Reading(
         z=seen.offset + (w * seen.x).sum(1),  # [m]
         v=(g * seen.x).sum(1).clamp(min=0.0),  # [m]
@@ -109,7 +112,7 @@ def write(theta: Theta, users: Users, seen: Seen, reading: Reading, screen: Scre
     P = reading.P - _outer(reading.g, reading.P.shape[1]) / total  # [m, K]  # noqa: N806
     teaches = (seen.level >= 0) & (reading.flags & screen.barred == 0)  # [m]
     taught = teaches & fits(d) & fits(P) & item_fits(reading.w, e, r)  # [m]
-    z = reading.z + ((seen.w0 + d - reading.w) * seen.x).sum(1)  # [m]
+    z = reading.z + ((d - reading.d) * seen.x).sum(1)  # [m]
     v = (_times(P, seen.x) * seen.x).sum(1).clamp(min=0.0)  # [m]
     return Written(
         users=remember(users, seen, reading.z, taught)._replace(
