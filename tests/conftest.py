@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -20,8 +21,9 @@ def pytest_configure() -> None:
     folder = Path(rules.__file__).parent
     changed = max(source.stat().st_mtime for source in folder.rglob("*.py"))
     for compiled in folder.rglob("__pycache__/*.nb[ci]"):
-        if compiled.stat().st_mtime < changed:
-            compiled.unlink(missing_ok=True)
+        with suppress(FileNotFoundError):  # another run of these tests was first
+            if compiled.stat().st_mtime < changed:
+                compiled.unlink()
 
 
 @pytest.hookimpl(trylast=True)
