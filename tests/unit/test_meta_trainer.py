@@ -300,15 +300,20 @@ def test_batches_keep_to_their_size_and_change_from_epoch_to_epoch() -> None:
     assert sorted(epochs[0]) != sorted(epochs[1])
 
 
-def test_what_is_served_is_the_average_of_the_last_steps() -> None:
-    log, device = sequences.read_log(tastes(), SPEC), torch.device("cpu")
+@pytest.mark.parametrize("averaged", [0.0, 0.5, 1.0])
+def test_what_is_served_is_the_average_of_the_last_steps(averaged: float) -> None:
+    log, made, seen = sequences.read_log(tastes(), SPEC), [], []
 
-    def train(averaged: float) -> torch.Tensor:
-        settings = msgspec.structs.replace(QUICK, averaged=averaged)
-        return trainer.train(log, SPEC, settings, device, trainer.Steps(None, 1))[0].id_vector.detach()
+    def kind(*given: Any) -> trainer.Parameters:
+        made.append(trainer.Parameters(*given))
+        return made[0]
 
-    last, whole = train(0.0), train(1.0)
-    assert whole.square().sum() > last.square().sum(), "vectors of ids decay from the start on"
+    steps = trainer.Steps(lambda *_: seen.append(made[0].id_vector.detach().clone()), 1)
+    settings = msgspec.structs.replace(QUICK, averaged=averaged)
+    parameters, _ = trainer.train(log, SPEC, settings, torch.device("cpu"), steps, kind=kind)
+    counted = seen[int((1 - averaged) * len(seen)) :] if averaged else seen[-1:]
+    assert len(seen) > 10
+    torch.testing.assert_close(parameters.id_vector.detach(), torch.stack(counted).mean(0))
 
 
 def test_the_readout_is_fitted_to_the_last_events_and_to_no_others(monkeypatch: pytest.MonkeyPatch) -> None:
