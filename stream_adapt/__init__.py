@@ -21,6 +21,7 @@ Around it:
     breaker  quarantine             when too much is refused; when a record kills the process
     dead_letters  erasure           what an operator does about refused records, and for a user who wants out
     config  logs  metrics  health   what an operator sets and sees
+    shutdown                        being told to stop
     cli  demo/  bench  evaluate/    commands, and what they measure: live, in speed, and in quality
     chaos/                          everything that goes wrong, on a real broker, and a count at the end
     local  testing/                 this machine; fixtures and helpers for your own tests

@@ -53,7 +53,8 @@ from stream_adapt.learner.encoder import Bag, Categorical, Feature, Numeric, fea
 from stream_adapt.models import Covariance, LearnerSpec, read_model
 from stream_adapt.record import Batch, Outputs, RawBatch, Score, UserEvent, UserId, Work
 from stream_adapt.restore import Slice
-from stream_adapt.runner import Observers, Pace, Shutdown
+from stream_adapt.runner import Observers, Pace
+from stream_adapt.shutdown import Shutdown
 from stream_adapt.state.row import ControlRow
 from stream_adapt.testing.model import random_model
 

@@ -62,17 +62,19 @@ def run(config_path: Path | None, stop_after: int | None, as_json: bool) -> None
     The first signal finishes the batch, commits and leaves the group; a second one aborts and exits. With
     `delivery: exactly_once` scores, dead letters and offsets become visible in one Kafka transaction.
     """
-    from stream_adapt import config, logs, service
-    from stream_adapt.runner import Shutdown, StopAtOnce
+    from stream_adapt.shutdown import Shutdown, StopAtOnce
 
-    settings = config.load(config_path).config
-    logs.configure(settings.log)
-    with Shutdown().installed() as shutdown:
-        try:
+    shutdown = Shutdown()
+    try:
+        with shutdown.installed():  # from here on: what is imported below takes seconds
+            from stream_adapt import config, logs, service
+
+            settings = config.load(config_path).config
+            logs.configure(settings.log)
             _print(service.run(settings, shutdown, stop_after), as_json)
-        except StopAtOnce:
-            click.echo("stream-adapt: stopped at once; what is not committed will be done again", err=True)
-            sys.exit(128 + shutdown.signals[-1])
+    except StopAtOnce:
+        click.echo("stream-adapt: stopped at once; what is not committed will be done again", err=True)
+        sys.exit(128 + shutdown.signals[-1])
 
 
 @cli.command("check-config")

@@ -38,7 +38,8 @@ from stream_adapt.pipeline import Pipeline
 from stream_adapt.quarantine import Quarantine
 from stream_adapt.record import Flag, TopicNames
 from stream_adapt.restore import Expected, Restorer
-from stream_adapt.runner import Observer, Observers, Pace, Runner, Shutdown
+from stream_adapt.runner import Observer, Observers, Pace, Runner
+from stream_adapt.shutdown import Shutdown
 from stream_adapt.state.row import Kind
 
 log = structlog.get_logger(__name__)
