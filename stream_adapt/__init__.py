@@ -24,6 +24,7 @@ Around it:
     shutdown                        being told to stop
     cli  demo/  bench  evaluate/    commands, and what they measure: live, in speed, and in quality
     chaos/                          everything that goes wrong, on a real broker, and a count at the end
+    river                           the learner as an estimator of River
     local  testing/                 this machine; fixtures and helpers for your own tests
 """
 

@@ -5,9 +5,8 @@ The second stage of the path. It owns the rows of all shards (`state/`) and call
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
-from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,18 +15,14 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from stream_adapt.learner import rules
 from stream_adapt.learner.encoder import EncodingCache, FeatureReader, event_pairs
-from stream_adapt.learner.rules.kalman.layout import covariance_floats, item_layout, user_layout
-from stream_adapt.learner.rules.kalman.step import LEARN_ALL, Events, Scores, Screen, Theta
-from stream_adapt.learner.rules.kalman.step import adapt as adapt_compiled
+from stream_adapt.learner.rules.events import LEARN_ALL, Events, Scores, Screen
 from stream_adapt.models import Model
 from stream_adapt.record import Adapted, Batch, Flag, Ints, Longs, UserId, joined
 from stream_adapt.state.expiry import Expiry
 from stream_adapt.state.overlay import Overlay
 from stream_adapt.state.table import Slots, Table
-
-#: Learns a batch: slab of users, slab of items, events, scores to fill in.
-AdaptRows = Callable[[npt.NDArray[Any], npt.NDArray[Any], Events, Scores], None]
 
 #: Idle users are looked for every so many windows of a partition: few enough looks to cost next to nothing.
 _EXPIRY_WINDOWS = 64
@@ -54,18 +49,19 @@ class Adapter:
     ) -> None:
         self.model = model
         self._screen = screen
-        self._theta = Theta.of(model.weights)
         spec, fitted = model.spec, model.manifest.fitted
-        self.users = Table(user_layout(spec), self._start_users, folder)
-        self.items = Table(item_layout(spec), self._start_items, folder)
+        rule = rules.find(spec.rule)
+        self.users = Table(rule.user_layout(spec), self._start_users, folder)
+        self.items = Table(rule.item_layout(spec), self._start_items, folder)
         self.overlay = Overlay(self.users, self.items)
         every = _EXPIRY_WINDOWS * spec.window
         self._expiry = Expiry(self.users, self.overlay, ttl_s, every) if ttl_s is not None else None
-        self._prior_P = self._packed_prior(covariance_floats(spec))
+        self._first_user = rule.first_user(model)
         self._content = EncodingCache(FeatureReader(fitted, "item"), model.weights.feature_vector)
         self._priors = EncodingCache(FeatureReader(fitted, "user"), model.weights.user_vector)
         self._event_features = FeatureReader(fitted, "event")
-        self._adapt_rows = self._rule(device)
+        on_cpu = device in ("auto", "cpu")
+        self._adapt_rows = rule.compiled(model) if on_cpu else rule.batched(model, device.removeprefix("torch-"))
 
     def adapt(self, batch: Batch) -> Adapted:
         """Scores and learns n events in order; rows of users and items first met are started from θ.
@@ -156,13 +152,6 @@ class Adapter:
             if self._expiry is not None:
                 self._expiry.drop(partition)
 
-    def _rule(self, device: str) -> AdaptRows:
-        if device in ("auto", "cpu"):
-            return partial(adapt_compiled, self._theta)
-        from stream_adapt.learner.rules.kalman import batched  # imports torch, which service on the CPU does without
-
-        return partial(batched.adapt_batched, batched.Theta.of(self.model.weights, device.removeprefix("torch-")))
-
     def _encode(self, batch: Batch, users: Slots, items: Slots) -> Events:
         spec = self.model.spec
         content = self._content.index(batch.features)
@@ -204,21 +193,14 @@ class Adapter:
         return np.where(known[at] == hashes, at, len(known))
 
     def _start_users(self, slab: npt.NDArray[Any], slots: Slots, _: Sequence[str]) -> None:
-        slab["P"][slots] = self._prior_P
+        for name, values in self._first_user.items():
+            slab[name][slots] = values
 
     def _start_items(self, slab: npt.NDArray[Any], slots: Slots, item_ids: Sequence[str]) -> None:
         hashes = np.array([xxhash.xxh3_64_intdigest(item_id.encode()) for item_id in item_ids], dtype=np.uint64)
         bias_variance, offset_variance = self.model.weights.item_variance.astype(np.float64)
-        seen = self._theta.item_events[self._known(hashes)] / np.float64(self.model.weights.noise[0])
+        events = np.append(self.model.weights.item_events, np.float32(0.0))[self._known(hashes)]
+        seen = events / np.float64(self.model.weights.noise[0])
         slab["hash"][slots] = hashes
         slab["c_var"][slots] = 1.0 / (1.0 / bias_variance + seen)
         slab["delta_var"][slots] = (1.0 / (1.0 / offset_variance + seen))[:, None]
-
-    def _packed_prior(self, floats: int) -> npt.NDArray[np.float32]:
-        diagonal = self.model.weights.prior_variance
-        if floats == len(diagonal):
-            return diagonal
-        packed = np.zeros(floats, dtype=np.float32)
-        at = np.arange(len(diagonal))
-        packed[at * (at + 3) // 2] = diagonal
-        return packed

@@ -49,8 +49,9 @@ from stream_adapt.kafka.consumer import InputConsumer, RebalanceListener
 from stream_adapt.kafka.embedded import KAFKA_VERSION, EmbeddedKafka
 from stream_adapt.kafka.producer import OutputProducer
 from stream_adapt.kafka.topics import create_topics
+from stream_adapt.learner import rules
 from stream_adapt.learner.encoder import Bag, Categorical, Feature, Numeric, features_struct
-from stream_adapt.models import Covariance, LearnerSpec, read_model
+from stream_adapt.models import LearnerSpec, RuleName, read_model
 from stream_adapt.record import Batch, Outputs, RawBatch, Score, UserEvent, UserId, Work
 from stream_adapt.restore import Slice
 from stream_adapt.runner import Observers, Pace
@@ -315,7 +316,7 @@ def _carry(config: Config, consumer: InputConsumer, producer: OutputProducer, ev
 
 
 class StepCost(msgspec.Struct):
-    """What scoring and adapting cost under one covariance."""
+    """What scoring and adapting cost under one variant of a rule."""
 
     us_per_event: float  # median over the rounds, one core, encoded events in rows that exist
     row_bytes: int  # of a user
@@ -324,13 +325,16 @@ class StepCost(msgspec.Struct):
 
 def step_cost(rounds: int = 9) -> dict[str, StepCost]:
     """Microseconds an event of the compiled rule alone: no decoding, no look-up of rows, no Kafka."""
-    return {f"kalman-{covariance}": _step_cost(covariance, rounds) for covariance in get_args(Covariance)}
+    return {
+        f"{name}-{variant}": _step_cost(LearnerSpec(FEATURES, STARS, name, **settings), rounds)
+        for name in get_args(RuleName)
+        for variant, settings in rules.find(name).variants.items()
+    }
 
 
-def _step_cost(covariance: Covariance, rounds: int) -> StepCost:
+def _step_cost(spec: LearnerSpec, rounds: int) -> StepCost:
     with tempfile.TemporaryDirectory() as folder:
         events = list(_events(16_384))
-        spec = LearnerSpec(features=FEATURES, feedback=STARS, covariance=covariance)
         columns = {name: [_typed(event.features.get(name)) for event in events] for name in FEATURES}
         random_model(Path(folder), spec, sorted({event.item_id for event in events}), columns)
         adapter = Adapter(read_model(Path(folder)))

@@ -388,11 +388,24 @@ def demo(as_json: bool, **options: Any) -> None:
 )
 @click.option("--share", default=1.0, show_default=True, help="Learn from this share of the events, the first ones.")
 @click.option(
+    "--rule",
+    default="kalman",
+    show_default=True,
+    type=click.Choice(["kalman", "gradient"]),
+    help="The update rule.",
+)
+@click.option(
     "--covariance",
     default="diagonal",
     show_default=True,
     type=click.Choice(["diagonal", "full"]),
     help="How it is served unless the configuration says otherwise; trained alike.",
+)
+@click.option(
+    "--normalized/--plain",
+    default=True,
+    show_default=True,
+    help="Whether steps of the gradient rule are divided by their own curvature.",
 )
 @click.option(
     "--dimension", default=16, show_default=True, type=click.IntRange(1, 256), help="Length of a taste vector."
@@ -433,7 +446,7 @@ def pretrain(as_json: bool, **request: Any) -> None:
     """Learn the slow weights from a data set and write a model.
 
     SOURCE is movielens-100k, movielens-1m, synthetic, or the path of a CSV or JSONL log with its --mapping. What is
-    learned: representations of items, users' priors, and the rates of the Kalman rule that adapts to each user.
+    learned: representations of items, users' priors, and the rates of the rule that adapts to each user.
 
     \b
     Objectives, all of them learning to learn:
@@ -470,7 +483,20 @@ def pretrain(as_json: bool, **request: Any) -> None:
     type=click.Choice(["two", "all"]),
     help="two: only whether the target is reached is told.",
 )
+@click.option(
+    "--rule",
+    default="kalman",
+    show_default=True,
+    type=click.Choice(["kalman", "gradient"]),
+    help="The update rule, if a model is pretrained.",
+)
 @click.option("--covariance", type=click.Choice(["diagonal", "full"]), help="As the model says if not given.")
+@click.option(
+    "--normalized/--plain",
+    default=True,
+    show_default=True,
+    help="Whether steps of the gradient rule are divided by their own curvature.",
+)
 @click.option(
     "--partitions",
     default=1,
@@ -480,7 +506,9 @@ def pretrain(as_json: bool, **request: Any) -> None:
 )
 @_objective_options
 @click.option("--seeds", default=1, show_default=True, type=click.IntRange(min=1), help="Trainings; means are given.")
-@click.option("--warm", is_flag=True, help="Users keep the rows that the first half gave them.")
+@click.option(
+    "--warm/--cold", default=True, show_default=True, help="Users keep the rows that the first half gave them, or not."
+)
 @click.option(
     "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Of the training."
 )
@@ -573,14 +601,14 @@ def bench_restore(as_json: bool, **parameters: Any) -> None:
 @bench.command("step")
 @_json_option
 def bench_step(as_json: bool) -> None:
-    """Microseconds that scoring and adapting cost an event, and the bytes of a row, for each rule and covariance."""
+    """Microseconds that scoring and adapting cost an event, and the bytes of a row, for each rule and its variants."""
     from stream_adapt.bench import step_cost
 
     costs = step_cost()
     _print(costs, as_json)
     if not as_json:
         for rule, cost in costs.items():
-            click.echo(f"{rule:<18} {cost.us_per_event:.2f} us an event, {cost.row_bytes} bytes a user's row")
+            click.echo(f"{rule:<20} {cost.us_per_event:.2f} us an event, {cost.row_bytes} bytes a user's row")
 
 
 @bench.command("scale")

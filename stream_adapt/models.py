@@ -29,6 +29,7 @@ from stream_adapt.learner.feedback import Feedback
 MODEL_FORMAT = 1
 
 Floats32 = npt.NDArray[np.float32]
+RuleName = Literal["kalman", "gradient"]
 Covariance = Literal["diagonal", "full"]
 
 
@@ -37,11 +38,17 @@ class LearnerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     features: dict[str, Feature] = {}
     feedback: Feedback = Feedback()
-    rule: Literal["kalman"] = "kalman"
-    covariance: Covariance = "diagonal"
+    rule: RuleName = "kalman"
+    covariance: Covariance = "diagonal"  # of the Kalman rule
+    normalized: bool = True  # the gradient rule's steps
     dimension: int = 16  # D
     window: int = 256  # W: offsets of a partition between two changes of an item's values
     ring: int = 16  # N: recent events a row remembers
+
+    @property
+    def leak_shape(self) -> tuple[int, ...]:
+        """Shape of a, b in θ: asked when a file is checked, before any rule is imported, so it asks the rule's name."""
+        return (2,) if self.rule == "kalman" else (2, self.dimension + 1)
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -69,11 +76,11 @@ class SlowWeights(msgspec.Struct, frozen=True):
     feature_vector: Floats32  # [F, D+1]
     user_vector: Floats32  # [A, D+1] what user attributes add to the prior mean
     prior_mean: Floats32  # [D+1] m₀
-    prior_variance: Floats32  # [D+1] diagonal of P₀
-    level_scores: Floats32  # [L] s
+    prior_variance: Floats32  # [D+1] diagonal of P₀; in its place the gradient rule has its rates α
+    level_scores: Floats32  # [L] s; of the gradient rule the logits of its targets
     bias: Floats32  # [1] b
     noise: Floats32  # [1] σ²
-    leak: Floats32  # [2] a, b of γ = exp(−(a + b·log(1 + Δt/1 h)))
+    leak: Floats32  # [2] a, b of γ = exp(−(a + b·log(1 + Δt/1 h))); of the gradient rule [2, D+1]
     readout: Floats32  # [3] α, κ, β of p = σ(α z/√(1 + κ v) + β)
     item_variance: Floats32  # [2] V₀ of an item's bias and of each coordinate of its offset
 
@@ -92,7 +99,7 @@ class SlowWeights(msgspec.Struct, frozen=True):
             "level_scores": (levels,),
             "bias": (1,),
             "noise": (1,),
-            "leak": (2,),
+            "leak": spec.leak_shape,
             "readout": (3,),
             "item_variance": (2,),
         }

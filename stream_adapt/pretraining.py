@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 
 from stream_adapt.datasets import Source, open_source
 from stream_adapt.errors import ConfigError, DataError
-from stream_adapt.models import Covariance, LearnerSpec, write_model
+from stream_adapt.models import Covariance, LearnerSpec, RuleName, write_model
 from stream_adapt.record import UserEvent
 
 if TYPE_CHECKING:  # torch takes seconds to import: only where it is used
@@ -32,7 +32,9 @@ class Request:
     registry: Path
     mapping: Path | None = None
     share: float = 1.0  # of the events, the first ones
+    rule: RuleName = "kalman"
     covariance: Covariance = "diagonal"
+    normalized: bool = LearnerSpec().normalized
     dimension: int = LearnerSpec().dimension
     epochs: int | None = None
     objective: str = "prequential"
@@ -68,7 +70,14 @@ def pretrain_source(request: Request, console: Console) -> Pretrained:
     started = time.monotonic()
     source = open_source(request.source, mapping=request.mapping)
     events, count = first_share(source, request.share)
-    spec = LearnerSpec(source.features, source.feedback, covariance=request.covariance, dimension=request.dimension)
+    spec = LearnerSpec(
+        source.features,
+        source.feedback,
+        request.rule,
+        covariance=request.covariance,
+        normalized=request.normalized,
+        dimension=request.dimension,
+    )
     settings = _settings(request)
     with progress_bar(console, settings.objective.name) as told:
         validated = told.validated if console.is_terminal else None

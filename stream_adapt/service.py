@@ -31,7 +31,7 @@ from stream_adapt.kafka.errors import describe, kafka_error
 from stream_adapt.kafka.producer import OutputProducer
 from stream_adapt.kafka.topics import TopicSpec, product_topics
 from stream_adapt.learner.feedback import Feedback
-from stream_adapt.learner.rules.kalman.step import Screen
+from stream_adapt.learner.rules.events import Screen
 from stream_adapt.metrics import Metrics
 from stream_adapt.models import Model, read_model
 from stream_adapt.pipeline import Pipeline

@@ -1,14 +1,27 @@
-"""For all tests: the broker fixtures, and the promise that a test run leaves no process behind."""
+"""For all tests: the broker fixtures, no stale compiled code, and no process left behind by a test run."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import psutil
 import pytest
+
+from stream_adapt.learner import rules
 
 pytest_plugins = ["stream_adapt.testing.broker"]
 
 #: Helpers of Python's multiprocessing that live until the interpreter ends, and end with it.
 _PYTHONS_OWN = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
+
+
+def pytest_configure() -> None:
+    """Drops compiled rules that are older than what they call: Numba looks only at the file of the caller."""
+    folder = Path(rules.__file__).parent
+    changed = max(source.stat().st_mtime for source in folder.rglob("*.py"))
+    for compiled in folder.rglob("__pycache__/*.nb[ci]"):
+        if compiled.stat().st_mtime < changed:
+            compiled.unlink(missing_ok=True)
 
 
 @pytest.hookimpl(trylast=True)

@@ -14,7 +14,7 @@ import xxhash
 from stream_adapt.adapt import Adapter
 from stream_adapt.learner.encoder import Bag, Categorical, Feature, Numeric, Vector, features_struct, fit
 from stream_adapt.learner.feedback import Feedback, LabelCuts
-from stream_adapt.models import Covariance, LearnerSpec, Manifest, Model, SlowWeights
+from stream_adapt.models import Covariance, LearnerSpec, Manifest, Model, RuleName, SlowWeights
 from stream_adapt.record import Adapted, Batch
 from stream_adapt.state.table import Table
 
@@ -36,13 +36,20 @@ START_MS = 1_600_000_000_000
 
 
 def random_model(
-    covariance: Covariance = "diagonal", *, features: bool = False, seed: int = 0, size: int = 6, window: int = 16
+    covariance: Covariance = "diagonal",
+    *,
+    rule: RuleName = "kalman",
+    normalized: bool = True,
+    features: bool = False,
+    seed: int = 0,
+    size: int = 6,
+    window: int = 16,
 ) -> Model:
     """A model of D = `size` that knows the items i0 … i39."""
     rng = np.random.default_rng(seed)
     declared = FEATURES if features else {}
     spec = LearnerSpec(
-        features=declared, feedback=FEEDBACK, covariance=covariance, dimension=size, window=window, ring=4
+        declared, FEEDBACK, rule, covariance=covariance, normalized=normalized, dimension=size, window=window, ring=4
     )
     columns = {
         "genres": [GENRES],
@@ -71,11 +78,17 @@ def random_model(
         level_scores=np.linspace(-2.5, 2.2, len(LEVELS)).astype(np.float32),
         bias=normal(1),
         noise=np.array([1.3], np.float32),
-        leak=np.array([0.01, 0.02], np.float32),
+        leak=_leak(spec, rng),
         readout=np.array([1.1, 0.3, 0.2], np.float32),
         item_variance=np.array([0.2, 0.05], np.float32),
     )
     return Model(Manifest(1, "v", 0, "", spec, fitted), weights)
+
+
+def _leak(spec: LearnerSpec, rng: np.random.Generator) -> Any:
+    if spec.leak_shape == (2,):
+        return np.array([0.01, 0.02], np.float32)
+    return rng.uniform(0.01, 0.05, (2, spec.dimension + 1)).astype(np.float32)
 
 
 def with_weights(model: Model, **changes: float) -> Model:

@@ -8,7 +8,7 @@
 | `running_bias` | the same plus each user's running deviation from it | |
 | `matrix_factorisation` | logistic, by stochastic gradient; rates and size tuned on the first half | |
 | `river_logistic` | River's LogisticRegression on user, item and what is said of them | river |
-| `river_ftrl` | River's FTRL-Proximal on the same and user × what is said of the item | river |
+| `river_ftrl` | River's FTRL-Proximal on the same and user × what is said of the item; rate tuned likewise | river |
 | `vowpal_wabbit` | `-q ug -q ui`: user × what is said of the item, user × item | vowpalwabbit |
 
 `frozen` and `direct` are served as the learner is. Each of the others is warmed on the first half, event by event, and
@@ -44,8 +44,10 @@ from stream_adapt.record import UserEvent
 _ITEM_SHRINK, _USER_SHRINK = 8.0, 4.0
 #: Averages are kept this far from 0 and 1.
 _MARGIN = 0.02
-#: Rates of River's plain gradient and of its FTRL; with its default, 0.05, FTRL has an AUC lower by 0.02 (100K).
-_SGD_RATE, _FTRL_ALPHA = 0.05, 0.1
+#: Rate of River's plain gradient, and those of its FTRL that are tried.
+_SGD_RATE, _FTRL_RATES = 0.05, (0.05, 0.1, 0.2, 0.4)
+#: Events of the first half, its first ones, that FTRL's rate is chosen on: each is scored before it is learned.
+_FTRL_TUNED_ON = 50_000
 _VOWPAL_WABBIT = "--loss_function logistic --link logistic -q ug -q ui -b 22 --quiet"
 
 
@@ -137,16 +139,31 @@ def _words(event: UserEvent, names: Iterable[str]) -> list[str]:
 class RiverLinear(Baseline):
     """One of River's linear models on words, each a feature of value 1.
 
-    With `crosses` also user × each word that is said of the item.
+    With `ftrl_rate` by FTRL-Proximal, and also on user × each word that is said of the item.
     """
 
-    def __init__(self, features: Mapping[str, Feature], *, crosses: bool) -> None:
+    def __init__(self, features: Mapping[str, Feature], *, ftrl_rate: float | None = None) -> None:
         from river.linear_model import LogisticRegression
         from river.optim import SGD, FTRLProximal
 
-        self._said, self._crosses = Said(features), crosses
-        optimiser = FTRLProximal(alpha=_FTRL_ALPHA) if crosses else SGD(_SGD_RATE)
+        self._said, self._crosses = Said(features), ftrl_rate is not None
+        optimiser = SGD(_SGD_RATE) if ftrl_rate is None else FTRLProximal(alpha=ftrl_rate)
         self._model: Any = LogisticRegression(optimiser)
+
+    @classmethod
+    def tuned(cls, features: Mapping[str, Feature], first: Half) -> RiverLinear:
+        """FTRL with the rate that has the lowest log-loss on the first events of the first half."""
+        places = first.taught[:_FTRL_TUNED_ON].tolist()
+        targets = first.targets[:_FTRL_TUNED_ON]
+
+        def loss(rate: float) -> float:
+            model, said = cls(features, ftrl_rate=rate), np.empty(len(places))
+            for k, place in enumerate(places):
+                said[k] = model.score(first.events[place])
+                model.learn(first.events[place], int(targets[k]))
+            return metrics.log_loss(said, targets)
+
+        return cls(features, ftrl_rate=min(_FTRL_RATES, key=loss))
 
     def score(self, event: UserEvent) -> float:
         return float(self._model.predict_proba_one(self._x(event)).get(True, 0.5))
@@ -336,8 +353,8 @@ _KINDS = {
     "item_mean": _Kind(lambda _, __: ItemMean()),
     "running_bias": _Kind(lambda _, __: RunningBias()),
     "matrix_factorisation": _Kind(lambda _, first: MatrixFactorisation(first)),
-    "river_logistic": _Kind(lambda features, _: RiverLinear(features, crosses=False), "river"),
-    "river_ftrl": _Kind(lambda features, _: RiverLinear(features, crosses=True), "river"),
+    "river_logistic": _Kind(lambda features, _: RiverLinear(features), "river"),
+    "river_ftrl": _Kind(RiverLinear.tuned, "river"),
     "vowpal_wabbit": _Kind(lambda features, _: VowpalWabbit(features), "vowpalwabbit"),
 }
 #: The model itself without adapting: replay has it in any case.

@@ -2,8 +2,8 @@
 
 The protocol is prequential (test, then learn; Dawid, "Statistical theory: the prequential approach", JRSS A 1984): the
 slow weights are learned from the first half of the events by time, and the second half is scored, then learned, event
-by event, by the code that serves. Users begin the second half cold unless told otherwise. Baselines see the same events
-in the same order, are warmed on the first half, and go on learning in the second.
+by event, by the code that serves. The learner and the baselines see the same events in order, are warmed on the
+first half, and go on learning in the second; the learner's users can be told to begin the second half cold.
 
 The learner runs over the first half, too: the threshold of accuracy, precision, recall and F1 is the one that has the
 highest F1 there.
@@ -33,7 +33,7 @@ from stream_adapt.evaluate import figures as of
 from stream_adapt.evaluate.figures import Figures, Outcomes
 from stream_adapt.evaluate.halves import Half, Halves, cut, two_levels
 from stream_adapt.evaluate.metrics import Floats
-from stream_adapt.models import Covariance, LearnerSpec, Model, read_model, write_model
+from stream_adapt.models import Covariance, LearnerSpec, Model, RuleName, read_model, write_model
 from stream_adapt.pretraining import told_objective
 
 if TYPE_CHECKING:  # torch takes seconds to import: only where it is used
@@ -56,13 +56,15 @@ class ReplayOptions:
     mapping: Path | None = None  # of a log of one's own
     model: Path | None = None  # a model or a registry; None: pretrain on the first half
     levels: Levels = "all"  # two: feedback is reduced to the target's yes or no
+    rule: RuleName = "kalman"  # of a model that is pretrained here
     covariance: Covariance | None = None  # None: the model's, or diagonal
+    normalized: bool = LearnerSpec().normalized  # steps of the gradient rule
     partitions: int = 1
     objective: str = "prequential"  # of pretraining; direct: without meta-learning, as the baseline
     support: float | None = None  # of maml and fomaml
     seconds: float = 0.0  # for a pretraining; 0: as long as it takes
     seeds: int = 1  # 0, 1, … of pretraining
-    warm: bool = False  # users keep what the first half taught
+    warm: bool = True  # users keep what the first half taught, as every baseline does
     device: str = "auto"  # of pretraining
     baselines: str = ""  # names with commas between them, or all
     out: Path | None = None  # folder for the report
@@ -90,7 +92,8 @@ class ReplayResult(Figures, frozen=True, kw_only=True):
     refused: int  # events that the decoder would send to the dead letters
     partitions: int
     levels: Levels
-    covariance: Covariance
+    rule: RuleName
+    covariance: Covariance  # of the Kalman rule
     objective: str | None  # None: of the model that was given
     seeds: int
     warm: bool
@@ -140,6 +143,7 @@ class Replay:
             refused=len(self.halves.first.dead_letters) + len(self.halves.second.dead_letters),
             partitions=self.options.partitions,
             levels="two" if len(feedback.levels) == 2 else "all",
+            rule=self.spec.rule,
             covariance=self.spec.covariance,
             objective=self.options.objective if self.version is None else None,
             seeds=len(adapted),
@@ -180,10 +184,10 @@ def replay(source: Source, options: ReplayOptions, bar: Progress) -> Replay:
     bar.remove_task(task)
     if model is not None:
         run.version = model.version
-        _serve(run, model, None, bar)
+        serve(run, model, None, bar)
     else:
         for seed in range(options.seeds):
-            _serve(run, *_pretrained(run, seed, bar), bar)
+            serve(run, *_pretrained(run, seed, bar), bar)
     for name in names:
         if name == baselines.FROZEN:
             run.baselines[name] = run.frozen[0]
@@ -207,7 +211,8 @@ def _given(path: Path, options: ReplayOptions) -> Model:
 
 def _spec(source: Source, options: ReplayOptions) -> LearnerSpec:
     feedback = two_levels(source.feedback) if options.levels == "two" else source.feedback
-    return LearnerSpec(source.features, feedback, covariance=options.covariance or "diagonal")
+    covariance = options.covariance or "diagonal"
+    return LearnerSpec(source.features, feedback, options.rule, covariance=covariance, normalized=options.normalized)
 
 
 def _pretrained(run: Replay, seed: int, bar: Progress) -> tuple[Model, float]:
@@ -224,13 +229,8 @@ def _pretrained(run: Replay, seed: int, bar: Progress) -> tuple[Model, float]:
 
     options = run.options
     started = options.clock()
-    # The second half judges: no events of the first are set aside for that.
-    settings = TrainSettings(
-        seed=seed,
-        validation_share=0.0,
-        objective=told_objective(options.objective, options.support),
-        seconds=options.seconds,
-    )
+    aim = told_objective(options.objective, options.support)
+    settings = TrainSettings(seed=seed, objective=aim, seconds=options.seconds)
     if options.objective == baselines.DIRECT:
         tuning = partial(_track, bar)
         model, _ = direct.model(run.halves.first, run.spec, settings, options.device, tuning, told, options.clock)
@@ -248,7 +248,7 @@ def _as_served(trained: Trained, spec: LearnerSpec) -> Model:
         return read_model(write_model(Path(folder), trained.weights, spec, trained.fitted))
 
 
-def _serve(run: Replay, model: Model, train_s: float | None, bar: Progress) -> None:
+def serve(run: Replay, model: Model, train_s: float | None, bar: Progress) -> None:
     """Scores and learns the second half, and adds what was said to the run."""
     adapter = Adapter(model, device="cpu")
     adapter.warm_up()
@@ -282,7 +282,7 @@ def _direct(run: Replay, bar: Progress) -> Said:
     """The same encoder trained without meta-learning, tuned on the first half, and served as the model is."""
     options = replace(run.options, objective=baselines.DIRECT, support=None, model=None, seeds=1)
     other = Replay(options, run.source, run.spec, run.halves)
-    _serve(other, *_pretrained(other, 0, bar), bar)
+    serve(other, *_pretrained(other, 0, bar), bar)
     return other.adapted[0]
 
 

@@ -25,6 +25,8 @@ from stream_adapt.errors import ConfigError
 from stream_adapt.evaluate import metrics
 from stream_adapt.evaluate.figures import CALIBRATION_BINS, NAMES, ColdStart, Figures
 from stream_adapt.evaluate.metrics import Floats, Longs
+from stream_adapt.learner import rules
+from stream_adapt.models import LearnerSpec
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -180,13 +182,18 @@ def _what_was_run(run: Replay, result: ReplayResult) -> list[list[str]]:
         ["model", run.version or "pretrained on the first half"],
         ["seeds", str(result.seeds)],
         ["feedback", f"{', '.join(run.spec.feedback.levels)}; a yes is {run.spec.feedback.target} or more"],
-        ["rule", f"{run.spec.rule}, covariance {result.covariance}, D = {run.spec.dimension}"],
+        ["rule", f"{_rule(run.spec)}, D = {run.spec.dimension}"],
         ["partitions", str(result.partitions)],
         ["memory", "; ".join(f"{n:,} {kind} rows of {run.row_bytes[kind]} bytes" for kind, n in run.rows.items())],
         ["thresholds", f"adapted {result.threshold:.3f}, frozen {result.frozen.threshold:.3f}"],
         ["software", f"stream-adapt {__version__}, Python {platform.python_version()}, {', '.join(packages)}"],
         ["made", time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())],
     ]
+
+
+def _rule(spec: LearnerSpec) -> str:
+    variants = rules.find(spec.rule).variants.items()
+    return f"{spec.rule}, {next(n for n, own in variants if all(getattr(spec, k) == own[k] for k in own))}"
 
 
 def _version(package: str) -> str | None:

@@ -2,15 +2,17 @@
 
 AdamW minimises the objective over users' sequences. What belongs to an item's id — its embedding, its co-occurrence
 features, its popularity — is folded into one `item_vector` at the end: service knows the sum alone. Figures are those
-of a training that stops earlier, judged on the events that follow; the weights are of a second one, on everything.
+of a training that stops earlier, judged on the events that follow, to which the readout is fitted, too (`readout`); the
+weights are of a second one, on everything.
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, cast
 
 import msgspec
 import numpy as np
@@ -20,13 +22,14 @@ from torch import Tensor, nn
 
 from stream_adapt.errors import ConfigError, DataError, ModelError
 from stream_adapt.learner.encoder import FittedFeature
-from stream_adapt.meta import objective, sequences
+from stream_adapt.meta import axes, objective, readout, sequences
 from stream_adapt.meta.objective.contract import Problem, Rule, Sequences
+from stream_adapt.meta.objective.gradient import Gradient
 from stream_adapt.meta.objective.kalman import Kalman
 from stream_adapt.meta.objective.prequential import predict
 from stream_adapt.meta.pace import Clock, Pace, Validate, Watch, held_out
 from stream_adapt.meta.sequences import Columns, Log, Vocabulary
-from stream_adapt.models import Floats32, LearnerSpec, SlowWeights
+from stream_adapt.models import Floats32, LearnerSpec, RuleName, SlowWeights
 from stream_adapt.record import UserEvent
 
 
@@ -40,6 +43,7 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     clip: float = 1.0  # norm of the gradient
     item_decay: float = 2.0  # decoupled, times the rate, on the vectors of item ids
     item_bias_decay: float = 0.4  # the same, on their biases
+    averaged: float = 0.4  # share of the steps, the last ones, after which the parameters are averaged
     id_dropout: float = 0.2  # share of events that see an item without its id, so that unseen items lean on content
     longest: int = 512  # events in a training window; 256 cost AUC 0.0004 on MovieLens-1M, nothing on 100K
     batch_events: int = 0  # in one step, padding included; 0: about STEPS steps an epoch
@@ -48,7 +52,7 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cooccurrence_items: int = 5_000  # that take part, the most frequent: memory is the square of it
     item_bias_variance: float = 0.2  # V₀
     item_offset_variance: float = 0.05  # of each coordinate
-    validation_share: float = 0.1  # of the events, set aside for figures; 0: no figures, and half the time
+    validation_share: float = 0.1  # of the events, set aside; 0: no figures, no fitted readout, and half the time
     validate: Validate = "later"  # what is set aside: the last events, or all those of some users
     patience: int = 0  # epochs without a lower log-loss there after which training stops; 0: it goes on to the end
     objective: objective.Settings = objective.Settings()
@@ -61,8 +65,13 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 #: MovieLens-100K, batches of 8192 events had an AUC 0.026 below batches of 2048; those of 512 to 1024 did best. On
 #: events 400–500 k of MovieLens-1M, 8192 did better than 2048 and 4096 (by 0.002 to 0.005) and as well as 16,384.
 STEPS, SMALLEST_BATCH, LARGEST_BATCH = 50, 512, 8_192
+#: Windows change their neighbours from epoch to epoch: lengths are taken for up to so much longer when sorted.
+JITTER = 0.2
 #: Rate for logs up to SMALL_LOG events, and beyond: at 0.01 MovieLens-100K had a log-loss 0.005 higher.
 RATES, SMALL_LOG = (0.006, 0.01), 100_000
+#: Where σ² starts. Under the gradient rule, which does not learn it, it only says how sure pretraining is of an item: 1
+#: over the curvature of the logistic loss at ½.
+NOISE: dict[RuleName, float] = {"kalman": 2.0, "gradient": 4.0}
 #: With more co-occurrence features than that the small log is overfitted: AUC −0.004 on MovieLens-100K with 64.
 ITEMS_PER_COOCCURRENCE = 40
 
@@ -108,15 +117,28 @@ def pretrain(
         ConfigError: the device is unknown or absent, or a setting makes no sense.
         ModelError: training diverged.
     """
-    settings = settings or TrainSettings()
+    return pretrain_each(events, [spec], settings, device, progress, validated, clock)[0]
+
+
+def pretrain_each(
+    events: Iterable[UserEvent] | Log,
+    specs: Sequence[LearnerSpec],
+    settings: TrainSettings | None = None,
+    device: str = "auto",
+    progress: Progress | None = None,
+    validated: Validated | None = None,
+    clock: Clock = time.monotonic,
+) -> list[Trained]:
+    """`pretrain` for specs that differ in nothing but the covariance: they share the training, not the readout."""
+    settings, spec = settings or TrainSettings(), specs[0]
     log = events if isinstance(events, Log) else sequences.read_log(events, spec)
     _check(log, spec)
     where = torch_device(device)
     held = held_out(log, settings.validate, settings.validation_share, settings.seed)  # [n]
     steps = Steps(progress, trainings=2 if held.any() else 1)
-    each = msgspec.structs.replace(settings, seconds=settings.seconds / steps.left)
+    share = msgspec.structs.replace(settings, seconds=settings.seconds / steps.left)
     figures: dict[str, float] = {}
-    stop_after = settings.epochs
+    stop_after, corrections = settings.epochs, [readout.Correction() for _ in specs]
     if held.any():
         encoded: list[Columns] = []  # once: the vocabulary stays
 
@@ -126,12 +148,20 @@ def pretrain(
             return _figures(parameters, encoded[0], held, settings)
 
         watch = Watch(lambda p, v: judge(p, v)["log_loss"], settings.patience, validated)
-        figures = judge(*train(log.where(~held), spec, each, where, steps, watch=watch, clock=clock))
+        rehearsal, vocabulary = train(log.where(~held), spec, share, where, steps, watch=watch, clock=clock)
+        figures = judge(rehearsal, vocabulary)
         stop_after = max(1, watch.epochs) if settings.patience else stop_after
-    parameters, vocabulary = train(log, spec, each, where, steps, stop_after=stop_after, clock=clock)
+        rehearsed = _folded_for(specs, rehearsal, vocabulary, encoded[0], settings)
+        pairs = zip(rehearsed, specs, strict=True)
+        corrections = [readout.fit(weights, each, vocabulary.fitted, log.where(held)) for weights, each in pairs]
+    parameters, vocabulary = train(log, spec, share, where, steps, stop_after=stop_after, clock=clock)
+    folded = _folded_for(specs, parameters, vocabulary, sequences.encode(log, vocabulary).to(where), settings)
     epochs = round(steps.share * settings.epochs, 2)
     about = {"objective": objective.told(settings.objective), "epochs": epochs, "budget_s": settings.seconds}
-    return Trained(fold(parameters, vocabulary, settings), vocabulary.fitted, figures, about)
+    return [
+        Trained(correction.apply(weights), vocabulary.fitted, figures, about)
+        for correction, weights in zip(corrections, folded, strict=True)
+    ]
 
 
 def torch_device(name: str) -> torch.device:
@@ -185,13 +215,15 @@ class Parameters(nn.Module):
         self.feature_vector = table(vocabulary.rows("item"))  # [F, D+1]
         self.user_vector = nn.Parameter(torch.zeros(vocabulary.rows("user"), width))  # [A, D+1]
         self.prior_mean = nn.Parameter(torch.zeros(width))  # [D+1]
+        # P₀ or, of the gradient rule, its rates.
         self.log_prior_variance = nn.Parameter(torch.full((width,), math.log(0.5)))  # [D+1]
         scores, thresholds = _level_priors(levels, spec)
         self.level_scores = nn.Parameter(scores)  # [L]
         self.thresholds = nn.Parameter(thresholds)  # [L-1]
         self.bias = nn.Parameter(scores[levels].mean(0, keepdim=True))  # [1]
-        self.log_noise = nn.Parameter(torch.tensor(math.log(2.0)))
-        self.log_leak = nn.Parameter(torch.tensor([0.003, 0.01]).log())  # [2]
+        self.log_noise = nn.Parameter(torch.tensor(math.log(NOISE[spec.rule])))
+        leak = torch.tensor([0.003, 0.01]).log()  # [2]
+        self.log_leak = nn.Parameter(leak.view(2, *[1] * (len(spec.leak_shape) - 1)).repeat(1, *spec.leak_shape[1:]))
         self.log_readout = nn.Parameter(torch.tensor([1.0, math.pi / 8]).log())  # [2] α, κ (MacKay, 1992)
         self.readout_bias = nn.Parameter(torch.zeros(1))  # [1] β
         self.cooccurrence: Tensor
@@ -202,6 +234,7 @@ class Parameters(nn.Module):
         popularity = torch.cat([popularity / popularity.std(correction=0).clamp_min(1e-3), torch.zeros(1)])
         self.register_buffer("popularity", popularity)  # [I+1]
         self.target = spec.feedback.target_level
+        self.spec = spec
 
     def decays(self, settings: TrainSettings) -> dict[str, float]:
         """Decoupled decay of each parameter that has one."""
@@ -226,9 +259,10 @@ class Parameters(nn.Module):
         )
 
     def rule(self) -> Rule:
-        """The update rule under this θ."""
+        """The update rule under this θ: the one place in training that asks for its name."""
+        make = Kalman if self.spec.rule == "kalman" else partial(Gradient, normalized=self.spec.normalized)
         noise, leak = self.log_noise.exp(), self.log_leak.exp()
-        return Kalman(self.log_prior_variance.exp(), noise, leak, self.readout(), self.level_scores)
+        return make(self.log_prior_variance.exp(), noise, leak, self.readout(), self.level_scores)
 
     def problem(self, columns: Columns, numbers: Tensor, real: Tensor, id_kept: Tensor | None) -> Problem:
         """What objectives judge of events `numbers` `[B, T]`; see `forward`."""
@@ -299,39 +333,46 @@ def train(
     clock: Clock = time.monotonic,
     kind: Callable[..., Parameters] = Parameters,
 ) -> tuple[Parameters, Vocabulary]:
-    """Trains θ, as `kind` makes it, until epochs (at most `stop_after`) or seconds are over, or `watch` ends it."""
+    """Trains θ, as `kind` makes it, until epochs (at most `stop_after`) or seconds are over, or `watch` ends it.
+
+    Once `averaged` of the steps are left, θ is the mean of what the steps since then made.
+    """
     started, generator = clock(), torch.Generator().manual_seed(settings.seed)
     vocabulary = sequences.fit(log, spec, settings.max_items)
     columns = sequences.encode(log, vocabulary)
     content = _cooccurrence(columns, len(vocabulary.item_hash), settings)
     parameters = kind(vocabulary, content, columns.levels, spec, generator).to(device)
-    batches = _batches(sequences.windows(columns.users, settings.longest), settings.batch_events or _usual(len(log)))
+    windows, events = sequences.windows(columns.users, settings.longest), settings.batch_events or _usual(len(log))
+    epochs = [_epoch(windows, events, settings.accumulate, generator) for _ in range(settings.epochs)]
     columns, aim = columns.to(device), objective.make(settings.objective)
-    steps = settings.epochs * -(-len(batches) // settings.accumulate)
-    pace = Pace(steps, settings.seconds, clock, started)
+    pace = Pace(sum(map(len, epochs)), settings.seconds, clock, started)
     optimiser, schedule = _optimiser(parameters, settings, settings.rate or RATES[len(log) > SMALL_LOG], pace)
-    for epoch in range(settings.epochs if stop_after is None else stop_after):
-        order = torch.randperm(len(batches), generator=generator).tolist()
-        for first in range(0, len(order), settings.accumulate):
-            chosen, losses = order[first : first + settings.accumulate], []
+    averaged = torch.optim.swa_utils.AveragedModel(parameters)
+    served = parameters
+    for epoch, batches in enumerate(epochs[:stop_after]):
+        for chosen in batches:
+            losses = []
             optimiser.zero_grad()
-            for number in chosen:
-                loss = _loss(parameters, columns, batches[number], aim, settings.id_dropout, generator)
+            for batch in chosen:
+                loss = _loss(parameters, columns, batch, aim, settings.id_dropout, generator)
                 torch.autograd.backward(loss / len(chosen))
                 losses.append(loss.item())
             nn.utils.clip_grad_norm_(parameters.parameters(), settings.clip)
             optimiser.step()
             pace.advance()
             schedule.step()
+            if pace.at > (1.0 - settings.averaged) * pace.steps:
+                averaged.update_parameters(parameters)
+                served = cast("Parameters", averaged.module)
             told(epoch, pace, sum(losses) / len(losses))
             if pace.over:
                 break
-        if pace.over or (watch is not None and watch.enough(epoch, parameters, vocabulary)):
+        if pace.over or (watch is not None and watch.enough(epoch, served, vocabulary)):
             break
     told.finish(pace)
     if watch is not None:
-        watch.restore(parameters)
-    return parameters, vocabulary
+        watch.restore(served)
+    return served, vocabulary
 
 
 def _usual(events: int) -> int:
@@ -344,12 +385,27 @@ def _cooccurrence(columns: Columns, known: int, settings: TrainSettings) -> Tens
     return sequences.cooccurrence(columns, known, dimensions, settings.cooccurrence_items, settings.seed)
 
 
-def _batches(windows: list[Tensor], events: int) -> list[list[Tensor]]:
-    """Windows of like lengths together, as many as make about `events` with padding."""
+def _epoch(windows: list[Tensor], events: int, accumulate: int, generator: torch.Generator) -> list[list[list[Tensor]]]:
+    """An epoch's batches in a random order, as many together as make a step; no two epochs have the same batches."""
+    batches = _batches(windows, events, 1.0 + JITTER * torch.rand(len(windows), generator=generator))
+    order = torch.randperm(len(batches), generator=generator).tolist()
+    return [[batches[i] for i in order[at : at + accumulate]] for at in range(0, len(order), accumulate)]
+
+
+def _batches(windows: list[Tensor], events: int, jitter: Tensor | None = None) -> list[list[Tensor]]:
+    """Windows of like lengths together, as many as make about `events` with padding.
+
+    `jitter` `[windows]` is what each length is multiplied with before they are sorted.
+    """
+    lengths = torch.tensor([len(window) for window in windows]) * (1.0 if jitter is None else jitter)  # [windows]
     batches: list[list[Tensor]] = [[]]
-    for window in sorted(windows, key=len, reverse=True):
-        if batches[-1] and (len(batches[-1]) + 1) * len(batches[-1][0]) > events:
+    longest = 0
+    for place in torch.sort(lengths, descending=True, stable=True).indices.tolist():
+        window = windows[place]
+        longest = max(longest, len(window))
+        if batches[-1] and (len(batches[-1]) + 1) * longest > events:
             batches.append([])
+            longest = len(window)
         batches[-1].append(window)
     return batches
 
@@ -389,6 +445,30 @@ def _loss(
         raise ModelError(f"training diverged: {error}; lower the rate") from error
 
 
+def _folded_for(
+    specs: Sequence[LearnerSpec],
+    parameters: Parameters,
+    vocabulary: Vocabulary,
+    columns: Columns,
+    settings: TrainSettings,
+) -> list[SlowWeights]:
+    """θ for each spec: as trained, or in axes of its own for a diagonal covariance."""
+    weights = fold(parameters, vocabulary, settings)
+    narrow = [spec.rule == "kalman" and spec.covariance == "diagonal" for spec in specs]
+    turned = axes.turned(weights, _second_moment(parameters, columns)) if any(narrow) else weights
+    return [turned if each else weights for each in narrow]
+
+
+@torch.no_grad()
+def _second_moment(parameters: Parameters, columns: Columns) -> npt.NDArray[np.float64]:
+    """Mean of x xᵀ `[D, D]` over at most `MOMENT_EVENTS` events, spread evenly."""
+    numbers = torch.linspace(0, len(columns) - 1, min(len(columns), MOMENT_EVENTS)).long()[:, None]  # [m, 1]
+    numbers = numbers.to(columns.users.device)
+    x = parameters(columns, numbers, torch.ones_like(numbers, dtype=torch.bool), None).x[:, 0, :-1].double()  # [m, D]
+    moment: npt.NDArray[np.float64] = (x.T @ x / len(x)).cpu().numpy()
+    return moment
+
+
 def fold(parameters: Parameters, vocabulary: Vocabulary, settings: TrainSettings) -> SlowWeights:
     """θ as service reads it."""
 
@@ -413,6 +493,8 @@ def fold(parameters: Parameters, vocabulary: Vocabulary, settings: TrainSettings
     )
 
 
+#: Events that the second moment of x is taken over: enough for its D·(D+1)/2 numbers.
+MOMENT_EVENTS = 32_768
 #: Events judged at once, padding included: bounds memory, and changes no figure.
 FIGURE_EVENTS = 8192
 

@@ -1,6 +1,6 @@
 """The layout of a row, declared once: slab, bytes, overlay and documentation all derive from it.
 
-A rule declares the fields of its rows (`learner/rules/*/layout.py`); here they become one aligned NumPy record, and,
+A rule declares the fields of its rows (`learner/rules/`); here they become one aligned NumPy record, and,
 in the changelog, a versioned and checksummed value (little-endian):
 
     format u16 · kind u8 · reserved u8 · fingerprint of the layout u32 · body (the record) · CRC-32 of all before it u32

@@ -52,7 +52,7 @@ def random_weights(
         "level_scores": np.linspace(-2.5, 2.5, levels),
         "bias": [0.1],
         "noise": [1.35],
-        "leak": [0.01, 0.02],
+        "leak": np.full(spec.leak_shape, 0.01),
         "readout": [1.0, 0.3, 0.0],
         "item_variance": [0.2, 0.05],
     }

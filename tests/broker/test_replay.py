@@ -59,7 +59,9 @@ def test_the_loop_says_what_replay_says(
     make_app: Callable[..., App], source: Source, covariance: str, kafka_broker: RunningBroker
 ) -> None:
     app = make_app(PARTITIONS, LearnerSpec(feedback=STARS, covariance=covariance))  # type: ignore[arg-type]
-    run = replay(source, ReplayOptions(model=app.folder / "models", partitions=PARTITIONS), Progress(disable=True))
+    run = replay(
+        source, ReplayOptions(model=app.folder / "models", partitions=PARTITIONS, warm=False), Progress(disable=True)
+    )
     second = run.halves.second.events
     records = [(event.user_id, msgspec.json.encode(event)) for event in second]
     produce(kafka_broker, f"{app.name}.events", records)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from importlib import import_module
 from itertools import pairwise
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -19,16 +21,26 @@ from torch import Tensor
 
 from stream_adapt.adapt import Adapter
 from stream_adapt.errors import ConfigError
+from stream_adapt.learner import rules
+from stream_adapt.learner.rules import batching
+from stream_adapt.learner.rules.batching import Items, Seen, Theta
 from stream_adapt.learner.rules.kalman import batched
-from stream_adapt.learner.rules.kalman.batched import Items, Seen, Theta, Users
-from stream_adapt.models import Covariance
+from stream_adapt.learner.rules.kalman.batched import Users
+from stream_adapt.models import Covariance, Model, RuleName
 from stream_adapt.record import Adapted
 from stream_adapt.state.table import Table
 
 #: Rows are float32, and the item sums may be added up in another order.
 TOLERANCE = 1e-5
 
+VARIANTS = [(name, variant) for name in rules.names() for variant in rules.find(name).variants]
+
+every_rule = pytest.mark.parametrize(("rule", "variant"), VARIANTS)
 both_covariances = pytest.mark.parametrize("covariance", get_args(Covariance))
+
+
+def model_of(rule: RuleName, variant: str, **more: Any) -> Model:
+    return random_model(rule=rule, **rules.find(rule).variants[variant], **more)
 
 
 @pytest.fixture(autouse=True)
@@ -75,15 +87,15 @@ def assert_same_update(before: Table, expected: Table, actual: Table) -> None:
 
 def assert_said_close(expected: Adapted, actual: Adapted) -> None:
     for f in dataclasses.fields(Adapted):
-        expected_column, actual_column = getattr(expected, f.name), getattr(actual, f.name)
+        expected_column, actual_column = (np.asarray(getattr(said, f.name)) for said in (expected, actual))
         atol = 1e-6 if expected_column.dtype.kind == "f" else 0
         np.testing.assert_allclose(actual_column, expected_column, rtol=0, atol=atol, err_msg=f.name)
 
 
-@both_covariances
+@every_rule
 @pytest.mark.parametrize("size", [1, 3, 63, 4096])
-def test_it_learns_what_the_sequential_rule_learns(covariance: Covariance, size: int) -> None:
-    model = random_model(covariance, features=True, window=64)
+def test_it_learns_what_the_sequential_rule_learns(rule: RuleName, variant: str, size: int) -> None:
+    model = model_of(rule, variant, features=True, window=64)
     before, expected, actual = (Adapter(model, device) for device in ("cpu", "cpu", "torch-cpu"))
     adapt_all(before, [random_stream(400, seed=1, features=True)])
     for adapter in (expected, actual):
@@ -95,9 +107,9 @@ def test_it_learns_what_the_sequential_rule_learns(covariance: Covariance, size:
     assert_same_update(before.items, expected.items, actual.items)
 
 
-@both_covariances
-def test_it_does_not_matter_where_batches_are_cut(covariance: Covariance) -> None:
-    events, model = random_stream(500, users=40), random_model(covariance)
+@every_rule
+def test_it_does_not_matter_where_batches_are_cut(rule: RuleName, variant: str) -> None:
+    events, model = random_stream(500, users=40), model_of(rule, variant)
     whole, pieces = Adapter(model, "torch-cpu"), Adapter(model, "torch-cpu")
     assert_said_close(adapt_all(whole, [events]), adapt_all(pieces, cut(events, 37)))
     for a, b in ((whole.users, pieces.users), (whole.items, pieces.items)):
@@ -112,7 +124,7 @@ def test_rounds_hold_each_user_once_and_respect_what_came_before(drawn: list[tup
     user, partition, steps = np.array(drawn, dtype=np.int64).reshape(-1, 3).T
     user = user * 3 + partition  # a row belongs to one partition
     window = np.cumsum(steps)
-    order, windows = batched.plan_rounds(user, partition, window)
+    order, windows = batching.plan_rounds(user, partition, window)
     assert list(range(len(drawn))) == sorted(order)
     rounds = [order[a:b] for bounds in windows for a, b in pairwise(bounds)]
     assert all(len(set(user[r])) == len(r) for r in rounds)
@@ -136,7 +148,7 @@ def test_first_rows_are_those_of_the_slab(covariance: Covariance) -> None:
     users = batched.init(theta, 2, full=full, ring=model.spec.ring)
     hashes = torch.from_numpy(adapter.items.rows["hash"][:2].view(np.int64).copy())
     known = np.searchsorted(model.weights.item_hash, adapter.items.rows["hash"][0])
-    items = batched.init_items(theta, hashes, torch.tensor([known, KNOWN_ITEMS]))
+    items = batching.init_items(theta, hashes, torch.tensor([known, KNOWN_ITEMS]))
     for table, rows in ((adapter.users, users), (adapter.items, items)):
         for name, value in zip(rows._fields, rows, strict=True):
             field = table.rows[name][:2]
@@ -157,16 +169,16 @@ def through_two_windows(covariance: Covariance) -> tuple[Callable[..., Tensor], 
     def scores(*leaves: Tensor) -> Tensor:
         given_theta, said = Theta(*leaves, item_events=theta.item_events, feature_vector=theta.feature_vector), []
         users = batched.init(given_theta, 2, full=covariance == "full", ring=2, dtype=torch.float64)
-        items = batched.init_items(given_theta, torch.arange(3), torch.arange(3), dtype=torch.float64)
+        items = batching.init_items(given_theta, torch.arange(3), torch.arange(3), dtype=torch.float64)
         for t in range(4):
-            settled = batched.settle(items, torch.full((3,), t // 2))
-            x, c = batched.encode(given_theta, known[t], torch.zeros(2, 3), no_pairs)
+            settled = batching.settle(items, torch.full((3,), t // 2))
+            x, c = batching.encode(given_theta, known[t], torch.zeros(2, 3), no_pairs)
             seen = seen_of(given_theta, x, c, w0, settled, known[t], hours[t], levels[t])
             reading = batched.read(given_theta, users, seen)
-            said.append(batched.read_out(given_theta, reading.z, reading.v + reading.v_item))
+            said.append(batching.read_out(given_theta, reading.z, reading.v + reading.v_item))
             users, lesson, z, v = batched.write(given_theta, users, seen, reading)
-            said.append(batched.read_out(given_theta, z, v + reading.v_item))
-            items = batched.add_pending(items, settled, known[t], lesson)
+            said.append(batching.read_out(given_theta, z, v + reading.v_item))
+            items = batching.add_pending(items, settled, known[t], lesson)
         return torch.cat(said)
 
     return scores, tuple(t.clone().requires_grad_() for t in theta[:8])
@@ -188,6 +200,22 @@ def test_gradients_through_the_updates_equal_finite_differences(covariance: Cova
     assert torch.autograd.gradcheck(scores, theta, fast_mode=True)
     gradients = torch.autograd.grad(scores(*theta)[-4:].sum(), theta)  # of the last events: through all updates
     assert all(g.abs().sum() > 0 for g in gradients)
+
+
+@every_rule
+def test_a_row_forgets_by_the_millisecond_over_years(rule: RuleName, variant: str) -> None:
+    """Hours are float64: a float32 of them would be off by half a minute after a year."""
+    model = model_of(rule, variant)
+    theta = Theta.of(model.weights)
+    module = import_module(f"{rules.__name__}.{rule}.batched")
+    kind = {"full": variant == "full"} if rule == "kalman" else {}
+    users = module.init(theta, 1, ring=2, dtype=torch.float64, **kind)
+    users = users._replace(count=users.count + 1, d=users.d + 1)
+    one, two = torch.ones(1, 7, dtype=torch.float64), torch.ones(1, dtype=torch.float64)
+    ms = torch.tensor([31_536_000_123])  # a year
+    said = module.read(theta, users, Seen(one, one, two, two, one[:, 1:], ms, ms, ms, ms.int()))
+    gamma = torch.exp(-(theta.leak[0] + theta.leak[1] * math.log1p(31_536_000_123 / 3.6e6)))
+    torch.testing.assert_close(said.d[0], gamma.expand(7), rtol=1e-14, atol=0)
 
 
 def test_writing_leaves_the_rows_it_was_given_alone() -> None:
@@ -213,9 +241,9 @@ def test_service_on_the_cpu_does_not_import_torch() -> None:
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-@both_covariances
-def test_the_gpu_repeats_itself_bit_by_bit_and_agrees_with_the_cpu(covariance: Covariance) -> None:
-    model, events = random_model(covariance, features=True), random_stream(2000, features=True)
+@every_rule
+def test_the_gpu_repeats_itself_bit_by_bit_and_agrees_with_the_cpu(rule: RuleName, variant: str) -> None:
+    model, events = model_of(rule, variant, features=True), random_stream(2000, features=True)
     here, there, again = (Adapter(model, device) for device in ("cpu", "cuda", "cuda"))
     assert_said_close(here.adapt(events), there.adapt(events))
     again.adapt(part(events, slice(None)))

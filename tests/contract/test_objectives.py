@@ -1,4 +1,4 @@
-"""What every objective promises, for every objective found; and what each one's gradient is."""
+"""What every objective promises, for every objective and every rule found; and what each one's gradient is."""
 
 from __future__ import annotations
 
@@ -7,13 +7,15 @@ import inspect
 import pkgutil
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from torch import Tensor
 
 from stream_adapt.errors import ConfigError
+from stream_adapt.learner import rules
 from stream_adapt.meta import objective
 from stream_adapt.meta.objective import contract
 from stream_adapt.meta.objective.contract import Judged, Problem, Sequences, taken, unroll
@@ -30,7 +32,29 @@ SETTINGS = {
     "maml, two events": objective.Settings("maml", support=2),
     "reptile, unrolled": objective.Settings("reptile", truncate=3),
 }
-every = pytest.mark.parametrize("aim", [objective.make(s) for s in SETTINGS.values()], ids=list(SETTINGS))
+
+
+def found(member: str) -> dict[str, Any]:
+    """Classes of the objectives' package that have a method of this name, by module."""
+    modules = [m.name for m in pkgutil.iter_modules(objective.__path__) if m.name != "contract"]
+    classes = {
+        name: inspect.getmembers(importlib.import_module(f"{objective.__name__}.{name}"), inspect.isclass)
+        for name in modules
+    }
+    return {name: kind for name in modules for _, kind in classes[name] if member in vars(kind)}
+
+
+#: Every rule, as objectives see it: θ's numbers → the rule.
+RULES: dict[str, Callable[..., contract.Rule]] = {
+    name: partial(kind, normalized=True) if "normalized" in inspect.signature(kind).parameters else kind
+    for name, kind in found("closed_form").items()
+}
+every_aim = pytest.mark.parametrize("aim", [objective.make(s) for s in SETTINGS.values()], ids=list(SETTINGS))
+every_rule = pytest.mark.parametrize("rule", list(RULES))
+
+
+def every(test: Callable[..., None]) -> Callable[..., None]:
+    return every_rule(every_aim(test))
 
 
 class Theta(NamedTuple):
@@ -95,25 +119,27 @@ def batch(lengths: list[int], seed: int = 0) -> Batch:
     return Batch(items, levels, gaps, torch.arange(shape[1]) < torch.tensor(lengths)[:, None])
 
 
-def problem(given: Theta, seen: Batch) -> Problem:
+def problem(given: Theta, seen: Batch, rule: str = "kalman") -> Problem:
     vectors = given.items[seen.items]  # [B, T, D+1]
     x = torch.cat([vectors[..., :D], torch.ones_like(vectors[..., :1])], -1)
     prior = vectors[..., D] + x @ given.prior_mean
     readout = torch.cat([given.log_readout.exp(), given.readout_bias])
     noise, leak = given.log_noise.exp(), given.log_leak.exp()
-    rule = Kalman(given.log_prior_variance.exp(), noise, leak, readout, given.level_scores)
+    if rule == "gradient":
+        leak = leak[:, None].expand(2, D + 1)
+    made = RULES[rule](given.log_prior_variance.exp(), noise, leak, readout, given.level_scores)
     said = Sequences(x, prior, given.level_scores[seen.levels], seen.gaps, seen.real)
-    return Problem(rule, said, seen.levels, given.thresholds * (torch.arange(LEVELS - 1) != TARGET - 1), TARGET)
+    return Problem(made, said, seen.levels, given.thresholds * (torch.arange(LEVELS - 1) != TARGET - 1), TARGET)
 
 
 def leaves(given: Theta) -> Theta:
     return Theta(*(t.clone().requires_grad_() for t in given))
 
 
-def gradients(aim: objective.Objective, seen: Batch, seed: int = 0) -> Theta:
+def gradients(aim: objective.Objective, seen: Batch, rule: str = "kalman") -> Theta:
     """A step's gradient; zeros where there is none."""
-    given = leaves(theta(seed))
-    aim.judge(problem(given, seen)).mean().backward()
+    given = leaves(theta())
+    aim.judge(problem(given, seen, rule)).mean().backward()
     return Theta(*(torch.zeros_like(t) if t.grad is None else t.grad for t in given))
 
 
@@ -126,15 +152,13 @@ RAGGED = [9, 1, 2, 5, 12]
 
 
 def test_every_objective_can_be_named_and_nothing_else() -> None:
-    found = set()
-    for module in pkgutil.iter_modules(objective.__path__):
-        members = inspect.getmembers(
-            importlib.import_module(f"{objective.__name__}.{module.name}"), lambda m: inspect.isclass(m)
-        )
-        found |= {kind for _, kind in members if hasattr(kind, "judge") and kind is not contract.Objective}
-    assert found == {type(objective.make(s)) for s in SETTINGS.values()}
+    assert {type(objective.make(s)) for s in SETTINGS.values()} == set(found("judge").values())
     with pytest.raises(ConfigError, match="objective='sgd' is not one of prequential, maml"):
         objective.make(objective.Settings("sgd"))  # type: ignore[arg-type]
+
+
+def test_every_rule_can_be_trained() -> None:
+    assert set(rules.names()) == set(RULES)
 
 
 @pytest.mark.parametrize(
@@ -153,75 +177,76 @@ def test_what_cannot_work_is_refused(name: objective.Name, told: dict[str, float
 
 
 @every
-def test_losses_and_gradients_are_finite_on_ragged_sequences(aim: objective.Objective) -> None:
-    judged = aim.judge(problem(theta(), batch(RAGGED)))
+def test_losses_and_gradients_are_finite_on_ragged_sequences(aim: objective.Objective, rule: str) -> None:
+    judged = aim.judge(problem(theta(), batch(RAGGED), rule))
     assert judged.losses.shape == judged.judged.shape == (len(RAGGED), max(RAGGED))
     assert judged.judged.any(1).all(), "every sequence is judged on something"
     assert torch.isfinite(judged.losses[judged.judged]).all()
-    made = gradients(aim, batch(RAGGED))
+    made = gradients(aim, batch(RAGGED), rule)
     assert all(torch.isfinite(g).all() for g in made)
     assert made.items.abs().max() > 0
 
 
 @every
-def test_padding_does_not_matter(aim: objective.Objective) -> None:
+def test_padding_does_not_matter(aim: objective.Objective, rule: str) -> None:
     seen = batch(RAGGED)
-    together = aim.judge(problem(theta(), seen))
+    together = aim.judge(problem(theta(), seen, rule))
     for b, length in enumerate(RAGGED):
-        alone = aim.judge(problem(theta(), seen.part(slice(b, b + 1), slice(length))))
+        alone = aim.judge(problem(theta(), seen.part(slice(b, b + 1), slice(length)), rule))
         torch.testing.assert_close(alone.judged[0], together.judged[b, :length])
         mine = alone.judged[0]
         torch.testing.assert_close(alone.losses[0, mine], together.losses[b, :length][mine])
     rubbish = [t.clone() for t in (seen.items, seen.levels, seen.gaps)]
     for column, value in zip(rubbish, (3, 4, 1e5), strict=True):
         column[~seen.real] = value
-    assert_close(gradients(aim, seen), gradients(aim, Batch(*rubbish, real=seen.real)))
+    assert_close(gradients(aim, seen, rule), gradients(aim, Batch(*rubbish, real=seen.real), rule))
 
 
 @every
-def test_what_a_user_says_later_changes_no_earlier_loss(aim: objective.Objective) -> None:
+def test_what_a_user_says_later_changes_no_earlier_loss(aim: objective.Objective, rule: str) -> None:
     seen = batch([12, 12, 7])
-    before = aim.judge(problem(theta(), seen))
+    before = aim.judge(problem(theta(), seen, rule))
     for t in (1, 4, 7, 11):
         other = seen.levels.clone()
         other[:, t:] = (other[:, t:] + 2) % LEVELS
-        after = aim.judge(problem(theta(), replace(seen, levels=other)))
+        after = aim.judge(problem(theta(), replace(seen, levels=other), rule))
         torch.testing.assert_close(before.judged, after.judged)
         early = before.judged & (torch.arange(12) < t)
         torch.testing.assert_close(before.losses[early], after.losses[early])
 
 
+@every_rule
 @pytest.mark.parametrize("name", [n for n in objective.NAMES if n != "direct"])
-def test_what_a_user_said_first_changes_later_losses(name: objective.Name) -> None:
+def test_what_a_user_said_first_changes_later_losses(name: objective.Name, rule: str) -> None:
     seen, aim = batch([12, 12, 7]), objective.make(objective.Settings(name))
     other = seen.levels.clone()
     other[:, 0] = (other[:, 0] + 2) % LEVELS
-    before, after = (aim.judge(problem(theta(), replace(seen, levels=said))) for said in (seen.levels, other))
+    before, after = (aim.judge(problem(theta(), replace(seen, levels=said), rule)) for said in (seen.levels, other))
     last = before.judged & (torch.arange(12) == torch.tensor([12, 12, 7])[:, None] - 1)
     assert (before.losses[last] - after.losses[last]).abs().min() > 1e-4
 
 
 @every
-def test_the_same_batch_gives_the_same_bits(aim: objective.Objective) -> None:
-    first, second = (gradients(aim, batch(RAGGED)) for _ in range(2))
+def test_the_same_batch_gives_the_same_bits(aim: objective.Objective, rule: str) -> None:
+    first, second = (gradients(aim, batch(RAGGED), rule) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
 @every
-def test_a_step_lowers_the_prequential_loss_of_other_users(aim: objective.Objective) -> None:
+def test_a_step_lowers_the_prequential_loss_of_other_users(aim: objective.Objective, rule: str) -> None:
     others = batch([20] * 60, seed=5)
 
     def held_out(given: Theta) -> float:
         with torch.no_grad():
-            return float(Prequential().judge(problem(given, others)).mean())
+            return float(Prequential().judge(problem(given, others, rule)).mean())
 
-    down = gradients(aim, batch([20] * 60, seed=4))
+    down = gradients(aim, batch([20] * 60, seed=4), rule)
     moved = Theta(*(t - 0.1 * g for t, g in zip(theta(), down, strict=True)))
     assert held_out(moved) < held_out(theta()) - 1e-3
 
 
-def loss_of(aim: objective.Objective, seen: Batch) -> Callable[..., Tensor]:
-    return lambda *numbers: aim.judge(problem(Theta(*numbers), seen)).mean()
+def loss_of(aim: objective.Objective, seen: Batch, rule: str) -> Callable[..., Tensor]:
+    return lambda *numbers: aim.judge(problem(Theta(*numbers), seen, rule)).mean()
 
 
 @pytest.mark.parametrize(
@@ -229,8 +254,9 @@ def loss_of(aim: objective.Objective, seen: Batch) -> Callable[..., Tensor]:
     [Prequential(), Prequential(truncate=99), Maml(support=0.5), Maml(support=2), objective.Direct()],
     ids=["prequential", "unrolled", "maml", "maml, two events", "direct"],
 )
-def test_gradients_equal_finite_differences(aim: objective.Objective) -> None:
-    assert torch.autograd.gradcheck(loss_of(aim, batch([6, 4, 1])), tuple(leaves(theta())))
+@every_rule
+def test_gradients_equal_finite_differences(aim: objective.Objective, rule: str) -> None:
+    assert torch.autograd.gradcheck(loss_of(aim, batch([6, 4, 1]), rule), tuple(leaves(theta())))
 
 
 # ---- prequential

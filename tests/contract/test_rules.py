@@ -1,9 +1,8 @@
-"""What every update rule promises, for every rule found and every covariance."""
+"""What every update rule promises, for every rule found in `learner/rules/` and every variant that it declares."""
 
 from __future__ import annotations
 
-import pkgutil
-from typing import get_args, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import numpy as np
 import pytest
@@ -23,43 +22,41 @@ from learner_streams import (
 
 from stream_adapt.adapt import Adapter
 from stream_adapt.learner import rules
-from stream_adapt.models import Covariance, LearnerSpec, Model
+from stream_adapt.models import LearnerSpec, Model, RuleName
 from stream_adapt.record import Adapted, Batch, Flag
 from stream_adapt.state.row import RowError
 
-RULES = [module.name for module in pkgutil.iter_modules(rules.__path__) if module.ispkg]
-COVARIANCES: tuple[Covariance, ...] = get_args(Covariance)
+VARIANTS = [(name, variant) for name in rules.names() for variant in rules.find(name).variants]
 DEVICES = ("cpu", "torch-cpu")
 
-pytestmark = [pytest.mark.parametrize("covariance", COVARIANCES), pytest.mark.parametrize("rule", RULES)]
+pytestmark = pytest.mark.parametrize(("rule", "variant"), VARIANTS)
 both_devices = pytest.mark.parametrize("device", DEVICES)
 
 
-def model_of(rule: str, covariance: Covariance, **more: int) -> Model:
-    model = random_model(covariance, **more)  # type: ignore[arg-type]
-    assert rule == model.spec.rule, "random_model must learn to make models of the new rule"
-    return model
+def model_of(rule: RuleName, variant: str, **more: Any) -> Model:
+    return random_model(rule=rule, **rules.find(rule).variants[variant], **more)
 
 
-def test_a_model_can_name_the_rule(rule: str, covariance: Covariance) -> None:
+def test_a_model_can_name_the_rule(rule: RuleName, variant: str) -> None:
     assert rule in get_args(get_type_hints(LearnerSpec)["rule"])
+    assert rule == model_of(rule, variant).spec.rule
 
 
 @both_devices
 def test_an_event_is_scored_as_by_the_frozen_model_when_user_and_item_are_new(
-    rule: str, covariance: Covariance, device: str
+    rule: RuleName, variant: str, device: str
 ) -> None:
     events = random_stream(50, users=50)
     first = [k for k in range(50) if events.user_ids[k] not in events.user_ids[:k]]
     first = [k for k in first if events.item_ids[k] not in events.item_ids[:k]]
-    said = Adapter(model_of(rule, covariance), device).adapt(part(events, first))
+    said = Adapter(model_of(rule, variant), device).adapt(part(events, first))
     np.testing.assert_allclose(said.frozen_score, said.score, rtol=0, atol=1e-7)
     assert np.any(said.updated_score != said.score)
 
 
 @both_devices
-def test_scoring_changes_nothing(rule: str, covariance: Covariance, device: str) -> None:
-    adapter = Adapter(model_of(rule, covariance), device)
+def test_scoring_changes_nothing(rule: RuleName, variant: str, device: str) -> None:
+    adapter = Adapter(model_of(rule, variant), device)
     adapt_all(adapter, [random_stream(300)])
     before = state_of(adapter)
     later = random_stream(200, seed=1, first_offset=10_000)
@@ -71,17 +68,17 @@ def test_scoring_changes_nothing(rule: str, covariance: Covariance, device: str)
     assert np.all(said.flags & Flag.SCORE_ONLY)
 
 
-def test_a_score_does_not_know_its_own_level(rule: str, covariance: Covariance) -> None:
+def test_a_score_does_not_know_its_own_level(rule: RuleName, variant: str) -> None:
     events, other = random_stream(100), random_stream(100)
     other.levels[-1] = (events.levels[-1] + 2) % 5
-    said, otherwise = (Adapter(model_of(rule, covariance)).adapt(e) for e in (events, other))
+    said, otherwise = (Adapter(model_of(rule, variant)).adapt(e) for e in (events, other))
     np.testing.assert_array_equal(said.score, otherwise.score)
     np.testing.assert_array_equal(said.uncertainty, otherwise.uncertainty)
 
 
-def test_one_by_one_and_many_at_once_are_the_same_byte_for_byte(rule: str, covariance: Covariance) -> None:
+def test_one_by_one_and_many_at_once_are_the_same_byte_for_byte(rule: RuleName, variant: str) -> None:
     events = random_stream(20_000, users=500)
-    model = model_of(rule, covariance, window=256)
+    model = model_of(rule, variant, window=256)
     expected = Adapter(model)
     said = adapt_all(expected, cut(events, 4096))
     for size in (1, 7):
@@ -101,13 +98,13 @@ def one_window(seed: int) -> Batch:
 @given(seed=st.integers(0, 99), device=st.sampled_from(DEVICES), order=st.permutations(range(16)))
 @settings(max_examples=20, deadline=None)
 def test_the_order_of_other_users_within_a_window_changes_no_user(
-    rule: str, covariance: Covariance, seed: int, device: str, order: list[int]
+    rule: RuleName, variant: str, seed: int, device: str, order: list[int]
 ) -> None:
     events, before = one_window(seed), random_stream(80, users=5)
     before.partitions[:] = 0
     of_user = {u: iter([k for k in range(16) if events.user_ids[k] == u]) for u in set(events.user_ids)}
     moved = [next(of_user[events.user_ids[k]]) for k in order]  # each user's own events stay in order
-    adapters, said = [Adapter(model_of(rule, covariance), device) for _ in range(2)], []
+    adapters, said = [Adapter(model_of(rule, variant), device) for _ in range(2)], []
     for adapter, at in zip(adapters, (list(range(16)), moved), strict=True):
         adapt_all(adapter, [before])
         window = part(events, at)
@@ -121,8 +118,8 @@ def test_the_order_of_other_users_within_a_window_changes_no_user(
 
 @given(st.data())
 @settings(max_examples=30, deadline=None)
-def test_rows_come_back_from_their_bytes(rule: str, covariance: Covariance, data: st.DataObject) -> None:
-    adapter = Adapter(model_of(rule, covariance))
+def test_rows_come_back_from_their_bytes(rule: RuleName, variant: str, data: st.DataObject) -> None:
+    adapter = Adapter(model_of(rule, variant))
     layout = data.draw(st.sampled_from([adapter.users.layout, adapter.items.layout]))
     body = data.draw(st.binary(min_size=layout.row_bytes, max_size=layout.row_bytes))
     content = layout.to_bytes(np.frombuffer(body, layout.dtype)[0])
@@ -131,8 +128,8 @@ def test_rows_come_back_from_their_bytes(rule: str, covariance: Covariance, data
 
 @given(st.data())
 @settings(max_examples=60, deadline=None)
-def test_damaged_bytes_are_no_row(rule: str, covariance: Covariance, data: st.DataObject) -> None:
-    adapter = Adapter(model_of(rule, covariance))
+def test_damaged_bytes_are_no_row(rule: RuleName, variant: str, data: st.DataObject) -> None:
+    adapter = Adapter(model_of(rule, variant))
     layout = data.draw(st.sampled_from([adapter.users.layout, adapter.items.layout]))
     content = bytearray(layout.to_bytes(np.zeros((), layout.dtype)))
     header = (1, 2, *range(4, 8))  # without the low byte of the format and the reserved one
@@ -143,8 +140,8 @@ def test_damaged_bytes_are_no_row(rule: str, covariance: Covariance, data: st.Da
         layout.from_bytes(damaged)
 
 
-def test_a_row_takes_the_same_memory_however_much_happened(rule: str, covariance: Covariance) -> None:
-    adapter = Adapter(model_of(rule, covariance))
+def test_a_row_takes_the_same_memory_however_much_happened(rule: RuleName, variant: str) -> None:
+    adapter = Adapter(model_of(rule, variant))
     sizes = []
     for k in range(3):
         adapt_all(adapter, [random_stream(2000, seed=k, users=4, first_offset=k * 10_000)])
@@ -154,8 +151,8 @@ def test_a_row_takes_the_same_memory_however_much_happened(rule: str, covariance
 
 
 @both_devices
-def test_what_a_slot_held_before_makes_no_difference(rule: str, covariance: Covariance, device: str) -> None:
-    clean, dirty = (Adapter(model_of(rule, covariance), device) for _ in range(2))
+def test_what_a_slot_held_before_makes_no_difference(rule: RuleName, variant: str, device: str) -> None:
+    clean, dirty = (Adapter(model_of(rule, variant), device) for _ in range(2))
     for table in (dirty.users, dirty.items):
         table.rows.view(np.uint8)[:] = 0xFF  # NaN in every number
     assert_said_equal(clean.adapt(random_stream(300)), dirty.adapt(random_stream(300)))
@@ -163,8 +160,8 @@ def test_what_a_slot_held_before_makes_no_difference(rule: str, covariance: Cova
 
 
 @both_devices
-def test_an_abort_puts_every_byte_back(rule: str, covariance: Covariance, device: str) -> None:
-    adapter = Adapter(model_of(rule, covariance), device)
+def test_an_abort_puts_every_byte_back(rule: RuleName, variant: str, device: str) -> None:
+    adapter = Adapter(model_of(rule, variant), device)
     adapt_all(adapter, [random_stream(200, users=6)])
     before = state_of(adapter)
     later = [random_stream(100, seed=k, users=40, first_offset=1000 * k) for k in (1, 2)]
@@ -177,22 +174,33 @@ def test_an_abort_puts_every_byte_back(rule: str, covariance: Covariance, device
         assert_said_equal(said, adapter.adapt(batch))
 
 
-#: θ under which an update cannot be stored: what is changed, and which levels it concerns.
-UNSTORABLE = [
-    ({"level_scores": np.inf}, {4}),
-    ({"level_scores": np.nan}, {4}),
-    ({"level_scores": -3e38}, {4}),
-    ({"bias": 1e31}, {0, 1, 2, 3, 4}),
-    ({"prior_mean": 1e18, "noise": 1e-12, "prior_variance": 1e-9}, {0, 1, 2, 3, 4}),
-]
+#: θ under which an update cannot be stored, by rule: what is changed, and which levels it concerns.
+UNSTORABLE: dict[str, list[tuple[dict[str, float], set[int]]]] = {
+    "kalman": [
+        ({"level_scores": np.inf}, {4}),
+        ({"level_scores": np.nan}, {4}),
+        ({"level_scores": -3e38}, {4}),
+        ({"bias": 1e31}, {0, 1, 2, 3, 4}),
+        ({"prior_mean": 1e18, "noise": 1e-12, "prior_variance": 1e-9}, {0, 1, 2, 3, 4}),
+    ],
+    "gradient": [
+        ({"level_scores": np.nan}, {4}),
+        ({"prior_variance": 3e38, "prior_mean": 0.0}, {0, 1, 2, 3, 4}),
+        ({"prior_variance": np.inf}, {0, 1, 2, 3, 4}),
+    ],
+}
 
 
 @both_devices
-@pytest.mark.parametrize(("change", "levels"), UNSTORABLE)
-def test_an_update_that_is_not_finite_is_undone_and_flagged(
-    rule: str, covariance: Covariance, device: str, change: dict[str, float], levels: set[int]
-) -> None:
-    adapter, events = Adapter(with_weights(model_of(rule, covariance), **change), device), random_stream(200)
+def test_an_update_that_cannot_be_stored_is_undone_and_flagged(rule: RuleName, variant: str, device: str) -> None:
+    for change, levels in UNSTORABLE[rule]:
+        if variant == "normalized" and change.get("prior_variance") == 3e38:
+            continue  # such a step has a length that can be stored
+        assert_undone(Adapter(with_weights(model_of(rule, variant), **change), device), levels)
+
+
+def assert_undone(adapter: Adapter, levels: set[int]) -> None:
+    events = random_stream(200)
     said = adapter.adapt(events)
     undone = np.isin(events.levels, list(levels))
     np.testing.assert_array_equal(undone, (said.flags & Flag.NAN_UNDONE) > 0)
@@ -206,6 +214,6 @@ def test_an_update_that_is_not_finite_is_undone_and_flagged(
 
 
 @both_devices
-def test_an_empty_batch_is_no_work(rule: str, covariance: Covariance, device: str) -> None:
-    said: Adapted = Adapter(model_of(rule, covariance), device).adapt(part(random_stream(3), slice(0, 0)))
+def test_an_empty_batch_is_no_work(rule: RuleName, variant: str, device: str) -> None:
+    said: Adapted = Adapter(model_of(rule, variant), device).adapt(part(random_stream(3), slice(0, 0)))
     assert len(said.score) == 0

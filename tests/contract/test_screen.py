@@ -4,19 +4,26 @@ from __future__ import annotations
 
 from dataclasses import fields
 from itertools import pairwise
-from typing import get_args
 
 import numpy as np
 import pytest
 from learner_streams import adapt_all, assert_said_equal, cut, part, random_model, random_stream, state_of
 
 from stream_adapt.adapt import Adapter
-from stream_adapt.learner.rules.kalman.step import Screen
-from stream_adapt.models import Covariance
+from stream_adapt.learner import rules
+from stream_adapt.learner.rules.events import Screen
+from stream_adapt.models import Model, RuleName
 from stream_adapt.record import Adapted, Batch, Flag
 
 DEDUPLICATE = Screen(barred=int(Flag.DUPLICATE))
+VARIANTS = [(name, variant) for name in rules.names() for variant in rules.find(name).variants]
+
 both_devices = pytest.mark.parametrize("device", ("cpu", "torch-cpu"))
+every_rule = pytest.mark.parametrize(("rule", "variant"), VARIANTS)
+
+
+def model_of(rule: RuleName, variant: str) -> Model:
+    return random_model(rule=rule, **rules.find(rule).variants[variant])
 
 
 def one_user(*ids: str, level: int = 3) -> Batch:
@@ -40,8 +47,9 @@ def with_duplicates(n: int, seed: int) -> Batch:
 
 
 @both_devices
-def test_a_duplicate_is_scored_flagged_and_teaches_nothing(device: str) -> None:
-    once, twice = (Adapter(random_model(), device, DEDUPLICATE) for _ in range(2))
+@every_rule
+def test_a_duplicate_is_scored_flagged_and_teaches_nothing(rule: RuleName, variant: str, device: str) -> None:
+    once, twice = (Adapter(model_of(rule, variant), device, DEDUPLICATE) for _ in range(2))
     first = once.adapt(one_user("a", "b"))
     said = twice.adapt(one_user("a", "b", "a", "b", "b"))
     assert [0, 0, *[int(Flag.DUPLICATE)] * 3] == said.flags.tolist()
@@ -73,6 +81,7 @@ def test_an_event_that_taught_nothing_has_no_duplicates(device: str) -> None:
 
 
 @both_devices
+@every_rule
 @pytest.mark.parametrize(
     ("late_after_ms", "barred", "flags", "adaptations"),
     [
@@ -82,17 +91,23 @@ def test_an_event_that_taught_nothing_has_no_duplicates(device: str) -> None:
     ],
 )
 def test_late_events_teach_or_not_as_told(
-    device: str, late_after_ms: int, barred: int, flags: list[int], adaptations: list[int]
+    rule: RuleName,
+    variant: str,
+    device: str,
+    late_after_ms: int,
+    barred: int,
+    flags: list[int],
+    adaptations: list[int],
 ) -> None:
     events = one_user("a", "b", "c")
     events.timestamps_ms[:] = events.timestamps_ms[0] - np.array([0, 2000, 2001])
-    said = Adapter(random_model(), device, Screen(late_after_ms, int(barred))).adapt(events)
+    said = Adapter(model_of(rule, variant), device, Screen(late_after_ms, int(barred))).adapt(events)
     assert (flags, adaptations) == (said.flags.tolist(), said.adaptations.tolist())
 
 
-@pytest.mark.parametrize("covariance", get_args(Covariance))
-def test_both_forms_of_the_rule_screen_alike_and_cuts_make_no_difference(covariance: Covariance) -> None:
-    events, model = with_duplicates(400, seed=3), random_model(covariance)
+@every_rule
+def test_both_forms_of_the_rule_screen_alike_and_cuts_make_no_difference(rule: RuleName, variant: str) -> None:
+    events, model = with_duplicates(400, seed=3), model_of(rule, variant)
     screen = Screen(60_000, int(Flag.DUPLICATE | Flag.LATE))
     whole, pieces, batched = (Adapter(model, d, screen) for d in ("cpu", "cpu", "torch-cpu"))
     said = adapt_all(whole, [events])

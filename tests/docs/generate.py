@@ -21,7 +21,8 @@ from stream_adapt.cli import cli
 from stream_adapt.config import OWNED_PROPERTIES, Config
 from stream_adapt.decode import REASONS
 from stream_adapt.kafka.topics import product_topics
-from stream_adapt.learner.rules.kalman.layout import item_layout, user_layout
+from stream_adapt.learner.rules.kalman.layout import user_layout
+from stream_adapt.learner.rules.layout import item_layout
 from stream_adapt.models import LearnerSpec
 
 ROOT = Path(__file__).parents[2]
@@ -97,7 +98,7 @@ def _parameter(parameter: click.Parameter) -> tuple[str, str, str]:
             return metavar, "–", "Required."
         return metavar, f"`{parameter.default}`", "What to read."
     assert isinstance(parameter, click.Option)
-    opts = ", ".join(f"`{name}`" for name in parameter.opts)
+    opts = ", ".join(f"`{name}`" for name in [*parameter.opts, *parameter.secondary_opts])
     if isinstance(parameter.type, click.Choice):
         opts += f" {' or '.join(parameter.type.choices)}"
     return opts, "–" if not parameter.show_default else _value(parameter.default), parameter.help or ""

@@ -67,7 +67,8 @@ def test_every_command_and_option_is_documented(name: str) -> None:
     _, found, rest = README.partition(f"**`stream-adapt {name}`**")
     assert found, name
     part = re.split(r"^\*\*`|^<!-- /generated -->", rest, maxsplit=1, flags=re.MULTILINE)[0]
-    options = [opt for param in COMMANDS[name].params for opt in param.opts if isinstance(param, click.Option)]
+    given = [param for param in COMMANDS[name].params if isinstance(param, click.Option)]
+    options = [opt for param in given for opt in (*param.opts, *param.secondary_opts)]
     assert {opt for opt in options if f"`{opt}`" not in part} <= {"--json"}
 
 

@@ -95,7 +95,9 @@ def objective(seen: Sequences) -> Callable[..., Tensor]:
     return loss
 
 
-def test_gradients_equal_finite_differences() -> None:
+@pytest.mark.parametrize("chunk", [2, 64])
+def test_gradients_equal_finite_differences(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kalman, "CHUNK", chunk)
     seen = random_sequences(np.random.default_rng(4), [6, 4], torch.float64)
     given = (
         seen.x,

@@ -130,3 +130,11 @@ def test_names_are_chosen_once_each_and_unknown_ones_refused(monkeypatch: pytest
     assert {"river_logistic", "river_ftrl", "vowpal_wabbit"} == set(chosen("all")[1])
     with pytest.raises(ConfigError, match="pip install vowpalwabbit"):
         chosen("vowpal_wabbit")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("river") is None, reason="river is not installed")
+def test_ftrls_rate_is_the_best_on_the_first_half(source: Source, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A rate of nearly nothing learns nothing, and the second half has no say."""
+    monkeypatch.setattr(baselines, "_FTRL_RATES", (1e-9, 0.1, 1e-8))
+    first = halves_of(source, turned_after=HALF).first
+    assert baselines.RiverLinear.tuned(source.features, first)._model.optimizer.alpha == 0.1

@@ -97,9 +97,9 @@ def test_the_cut_into_batches_changes_no_score(source: Source, model: Path, monk
     assert said(whole).tobytes() == said(cut).tobytes()
 
 
-def test_users_are_cold_at_the_half_unless_told_otherwise(source: Source, model: Path) -> None:
-    cold = replay(source, ReplayOptions(model=model), quiet())
-    warm = replay(source, ReplayOptions(model=model, warm=True), quiet())
+def test_users_are_warm_at_the_half_unless_told_otherwise(source: Source, model: Path) -> None:
+    cold = replay(source, ReplayOptions(model=model, warm=False), quiet())
+    warm = replay(source, ReplayOptions(model=model), quiet())
     assert cold.adapted[0].probabilities[0] == pytest.approx(cold.frozen[0].probabilities[0], abs=1e-7)
     assert warm.adapted[0].probabilities[0] != pytest.approx(warm.frozen[0].probabilities[0], abs=1e-3)
     assert cold.frozen[0].probabilities.tobytes() == warm.frozen[0].probabilities.tobytes()

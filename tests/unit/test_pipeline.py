@@ -13,7 +13,7 @@ from learner_streams import random_model, rows_of
 from stream_adapt.adapt import Adapter
 from stream_adapt.decode import Decoder
 from stream_adapt.emit import Emitter
-from stream_adapt.learner.rules.kalman.step import LEARN_ALL, Screen
+from stream_adapt.learner.rules.events import LEARN_ALL, Screen
 from stream_adapt.pipeline import Pipeline
 from stream_adapt.record import Flag, RawBatch, TopicNames, Work
 

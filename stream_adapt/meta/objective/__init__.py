@@ -38,7 +38,7 @@ class Settings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Which objective, and what each of them can be told; the others' settings are not looked at."""
 
     name: Name = "prequential"
-    truncate: int = 0  # prequential, reptile: gradients reach back so many events; 0: to the first, by a closed form
+    truncate: int = 0  # prequential, reptile: gradients reach back so many events; 0: all, by a closed form, or 64
     support: float = SUPPORT  # maml, fomaml: events adapted on, or, below 1, their share of a window
     inner_steps: int = 3  # reptile
     inner_rate: float = 0.1  # reptile

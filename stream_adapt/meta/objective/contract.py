@@ -144,10 +144,14 @@ def unroll(problem: Problem, learn: Tensor, truncate: int = 0) -> tuple[Tensor, 
     """
     sequences, events = learn.shape
     rows, logits = problem.rule.init(sequences), []
-    for t in range(events):
+    levels = torch.where(learn, problem.levels[:, :events], UNTAUGHT)  # [B, t]
+    columns = (problem.seen.x, problem.seen.prior, problem.clock_ms)
+    # unbind: the gradient of a slice would be as large as what it was cut from, for each of t events.
+    each = zip(*(c[:, :events].unbind(1) for c in columns), levels.unbind(1), strict=True)
+    for t, seen in enumerate(each):
         if truncate and t and t % truncate == 0:
             rows = detached(rows)
-        said, rows = problem.rule.step(rows, problem.events((slice(None), t), learn[:, t]))
+        said, rows = problem.rule.step(rows, Events(*seen))
         logits.append(said)
     return torch.stack(logits, 1) if logits else problem.seen.prior[:, :0], rows
 

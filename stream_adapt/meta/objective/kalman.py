@@ -8,10 +8,12 @@ innovations of a Gaussian process with covariance
 
     ε = diag(L) ∘ L⁻¹ r        z = s_ℓ − ε        v = diag(L)² − σ²
 
-(Kailath 1968; Rasmussen and Williams 2006, §2.2). One batched Cholesky serves a batch of whole sequences. This is the
-full covariance; the diagonal is served from the same θ.
+(Kailath 1968; Rasmussen and Williams 2006, §2.2). One batched Cholesky serves a chunk of many sequences; what a chunk
+taught is handed on as a mean and a covariance, as between the events of the rule, so that the cost grows with a
+sequence's length and not with its square. This is the full covariance; the diagonal is served from the same θ.
 
-Capital letters: B sequences, T events of the longest, D dimensions, L levels. m events of different sequences.
+Capital letters: B sequences, T events of the longest, C of a chunk, D dimensions, L levels. m events of different
+sequences.
 """
 
 from __future__ import annotations
@@ -21,8 +23,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from stream_adapt.learner.rules.batching import Seen, Theta
 from stream_adapt.learner.rules.kalman import batched
 from stream_adapt.meta.objective.contract import Events, Rows, Sequences
+
+#: Events of a sequence that are predicted at once: a Cholesky's cost is the square of it for each event, and every
+#: chunk waits for the one before.
+CHUNK = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,13 +50,51 @@ def predict(sequences: Sequences, prior_variance: Tensor, noise: Tensor, leak: T
         leak: `[2]` a, b of γ = exp(−(a + b·log(1 + Δt/1 h))).
     """
     x = sequences.x * prior_variance.sqrt() * sequences.real[..., None]  # [B, T, D+1]
-    kernel = _decay(sequences.gaps, leak) * (x @ x.mT)  # [B, T, T]
-    kernel = kernel + noise * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)  # [B, T, T]
-    lower = torch.linalg.cholesky(kernel)  # [B, T, T]
-    scale = lower.diagonal(dim1=1, dim2=2)  # [B, T]
+    rates = leak[0] + leak[1] * torch.log1p(sequences.gaps)  # [B, T]
     residual = (sequences.scores - sequences.prior) * sequences.real  # [B, T]
-    white = torch.linalg.solve_triangular(lower, residual[..., None], upper=False)[..., 0]  # [B, T]
-    return Predictions(z=sequences.scores - scale * white, v=scale.square() - noise)
+    state, errors, variances = None, [], []
+    parts = (torch.split(column, CHUNK, 1) for column in (x, rates, residual))
+    for x_part, rates_part, residual_part in zip(*parts, strict=True):
+        error, variance, state = _chunk(x_part, rates_part, residual_part, noise, state)
+        errors.append(error)
+        variances.append(variance)
+    return Predictions(z=sequences.scores - torch.cat(errors, 1), v=torch.cat(variances, 1))
+
+
+#: Mean `[B, D+1, 1]` of the deviation and its covariance less the prior's `[B, D+1, D+1]`, after an event and in units
+#: of the prior's deviations.
+State = tuple[Tensor, Tensor]
+
+
+def _chunk(
+    x: Tensor, rates: Tensor, residual: Tensor, noise: Tensor, state: State | None
+) -> tuple[Tensor, Tensor, State]:
+    """Innovations ε `[B, C]` and variances v `[B, C]` of C events after a state, and the state after them.
+
+    With g what the leak leaves of the state at an event, Q its covariance less the prior's (here the identity) and C
+    the covariance of the state after the last event with the observations:
+
+        K = decay ∘ x xᵀ + (g x) Q (g x)ᵀ        m ← g m + C (K + σ²I)⁻¹ (r − g x m)        Q ← g² Q − C (K + σ²I)⁻¹ Cᵀ
+    """
+    clock = rates.cumsum(1)  # [B, C]
+    decay = torch.exp(-(clock[:, :, None] - clock[:, None, :]).abs())  # [B, C, C]
+    kernel = decay * (x @ x.mT) + noise * torch.eye(x.shape[1], dtype=x.dtype, device=x.device)  # [B, C, C]
+    residual, cross = residual[..., None], decay[:, -1, :, None] * x  # [B, C, 1], [B, C, D+1]
+    left = torch.exp(-clock)[..., None]  # [B, C, 1]
+    if state is not None:
+        mean, excess = state
+        faded = left * x  # [B, C, D+1]
+        carried = faded @ excess  # [B, C, D+1]
+        kernel = kernel + carried @ faded.mT  # [B, C, C]
+        residual, cross = residual - faded @ mean, cross + left[:, -1:] * carried  # [B, C, 1], [B, C, D+1]
+    lower = torch.linalg.cholesky(kernel)  # [B, C, C]
+    white = torch.linalg.solve_triangular(lower, torch.cat([residual, cross], 2), upper=False)  # [B, C, D+2]
+    error, gain = white[..., :1], white[..., 1:]  # [B, C, 1], [B, C, D+1]
+    after, less = gain.mT @ error, -(gain.mT @ gain)  # [B, D+1, 1], [B, D+1, D+1]
+    if state is not None:
+        after, less = after + left[:, -1:] * mean, less + left[:, -1:].square() * excess
+    scale = lower.diagonal(dim1=1, dim2=2)  # [B, C]
+    return scale * error[..., 0], scale.square() - noise, (after, less)
 
 
 def posterior(
@@ -84,13 +129,6 @@ def predict_frozen(sequences: Sequences, prior_variance: Tensor) -> Predictions:
     return Predictions(z=sequences.prior, v=sequences.x.square() @ prior_variance)
 
 
-def _decay(gaps: Tensor, leak: Tensor) -> Tensor:
-    """How much of a deviation at event s is left at event t: `[B, T, T]`, symmetric, 1 on the diagonal."""
-    rates = leak[0] + leak[1] * torch.log1p(gaps)  # [B, T]
-    clock = rates.cumsum(1)  # [B, T]
-    return torch.exp(-(clock[:, :, None] - clock[:, None, :]).abs())  # [B, T, T]
-
-
 def logit(predictions: Predictions, readout: Tensor) -> Tensor:
     """α z/√(1 + κ v) + β `[B, T]` with α, κ, β = `readout` `[3]`: its sigmoid is the probability of the target."""
     return readout[0] * predictions.z * torch.rsqrt(1.0 + readout[1] * predictions.v) + readout[2]
@@ -105,7 +143,7 @@ class Kalman:
         """θ's numbers: P₀ `[D+1]`, σ² scalar, a and b `[2]`, α, κ, β `[3]`, s `[L]`."""
         self.prior_variance, self.noise, self.leak, self.readout = prior_variance, noise, leak, readout
         nothing = prior_variance.new_zeros(0)
-        self._theta = batched.Theta(
+        self._theta = Theta(
             bias=nothing,
             noise=noise.double(),
             leak=leak.double(),
@@ -137,7 +175,7 @@ class Kalman:
         return logit(predict_frozen(seen, self.prior_variance), self.readout)
 
     def closed_form(self, seen: Sequences) -> Tensor:
-        """Logits `[B, T]`, by one Cholesky factorisation."""
+        """Logits `[B, T]`, by a Cholesky factorisation for every chunk."""
         return logit(predict(seen, self.prior_variance, self.noise, self.leak), self.readout)
 
     def closed_rows(self, seen: Sequences, learned: Tensor, clock_ms: Tensor) -> Rows:
@@ -151,11 +189,11 @@ class Kalman:
     def _logits(self, reading: batched.Reading, events: Events) -> Tensor:
         return logit(Predictions(reading.z, reading.v), self._theta.readout).to(events.prior.dtype)
 
-    def _seen(self, events: Events) -> batched.Seen:
+    def _seen(self, events: Events) -> Seen:
         """Events whose items are as θ has them: w₀ is in the prior already, and no item has a variance."""
         x = events.x.double()  # [m, D+1]
         zeros = torch.zeros_like(x)  # [m, D+1]
-        return batched.Seen(
+        return Seen(
             x=x,
             w0=zeros,
             offset=events.prior.double(),

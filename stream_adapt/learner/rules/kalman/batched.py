@@ -1,71 +1,36 @@
 """The Kalman rule for many users at once, in torch: for the GPU, and for training through the updates.
 
-The equations are those of `step`, which is the reference; README.md beside this package says what the two share. The
-rule is a set of pure functions, rows in and rows out, differentiable in θ, in the rows and in what was seen:
+`read` and `write` are the equations of `step`, which is the reference; README.md beside this package says what the two
+share. Rounds, windows and items are those of all rules (`batching`).
 
-    init, init_items        θ → rows as a new user or item has them
-    encode                  θ, events → x̃ without the item's offset
-    settle                  items as of the start of a window
-    read                    θ, rows, seen → what the rule says before it knows the level
-    write                   θ, rows, seen, reading → rows after it
-    add_pending             items, what a window's events taught → items with the window's sums
-
-Rows of float32 are rounded after every event, as in service; rows of float64 are not, which gradients need. Arithmetic
-is float64. `adapt_batched` does for a micro-batch over the slab what `step.adapt` does: windows of a partition in
-order, partitions beside each other; within a window the k-th events of all users at once.
-
-Capital letters: D dimensions, K floats of P, N events of a ring, L levels. m rows or events, n events of a batch.
+Capital letters: D dimensions, K floats of P, N events of a ring. m rows or events.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from functools import cache
-from itertools import pairwise
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
-from stream_adapt.errors import ConfigError
-from stream_adapt.learner.rules.kalman.step import LARGEST, LEARN_ALL, MS_PER_HOUR, Array, Events, Scores, Screen
-from stream_adapt.models import SlowWeights
-from stream_adapt.record import Flag
-
-Longs = npt.NDArray[np.int64]
-
-
-class Theta(NamedTuple):
-    """θ as tensors on one device: float64, but for the three tables, which stay float32."""
-
-    bias: Tensor  # [1] b
-    noise: Tensor  # [1] σ²
-    leak: Tensor  # [2] a, b of γ = exp(−(a + b·log(1 + Δt/1 h)))
-    readout: Tensor  # [3] α, κ, β
-    item_variance: Tensor  # [2] V₀ of c and of each coordinate of δ
-    level_scores: Tensor  # [L] s
-    prior_variance: Tensor  # [D+1] diagonal of P₀
-    item_vector: Tensor  # [I+1, D+1] of I known items, and a last row of zeros for all others
-    item_events: Tensor  # [I+1]
-    feature_vector: Tensor  # [F+1, D+1]
-
-    @classmethod
-    def of(cls, weights: SlowWeights, device: torch.device | str = "cpu") -> Theta:
-        """θ of a loaded model.
-
-        Raises:
-            ConfigError: torch cannot use the device.
-        """
-        where = _usable(device)
-        tables = ("item_vector", "item_events", "feature_vector")
-        return cls(
-            **{
-                name: _with_zeros(getattr(weights, name), where) if name in tables else _double(weights, name, where)
-                for name in cls._fields
-            }
-        )
+from stream_adapt.learner.rules.batching import (
+    Equations,
+    Lesson,
+    Seen,
+    Theta,
+    Written,
+    chosen,
+    fits,
+    hours_since,
+    item_fits,
+    item_variances,
+    read_out,
+    remember,
+    screened,
+)
+from stream_adapt.learner.rules.events import LEARN_ALL, Screen
 
 
 class Users(NamedTuple):
@@ -82,37 +47,6 @@ class Users(NamedTuple):
     ring_logit: Tensor  # [m, N]
 
 
-class Items(NamedTuple):
-    """m rows of items, `layout.item_layout`; unsigned fields as signed ones of the same bits."""
-
-    hash: Tensor  # [m]
-    window: Tensor  # [m]
-    count: Tensor  # type: ignore[assignment]  # [m], not tuple's
-    pending_count: Tensor  # [m]
-    c: Tensor  # [m]
-    c_var: Tensor  # [m]
-    delta: Tensor  # [m, D]
-    delta_var: Tensor  # [m, D]
-    c_info: Tensor  # [m]
-    c_sum: Tensor  # [m]
-    delta_info: Tensor  # [m, D]
-    delta_sum: Tensor  # [m, D]
-
-
-class Seen(NamedTuple):
-    """m events of m different users: what they read of θ and of their items, and what was said."""
-
-    x: Tensor  # [m, D+1] x̃ = [x + δ ; 1]
-    w0: Tensor  # [m, D+1] prior mean
-    offset: Tensor  # [m] b + c + Δc
-    c_var: Tensor  # [m] V_c
-    delta_var: Tensor  # [m, D] V_δ
-    item_hash: Tensor  # [m] int64
-    time_ms: Tensor  # [m] int64
-    level: Tensor  # [m] int64; negative: none, nothing is learned
-    event_hash: Tensor  # [m] int32, the bits of what rings keep of the event's id
-
-
 class Reading(NamedTuple):
     """What the rule says of m events before it knows their levels, and the rows after the leak."""
 
@@ -124,24 +58,6 @@ class Reading(NamedTuple):
     d: Tensor  # [m, D+1]
     P: Tensor  # [m, K]
     g: Tensor  # [m, D+1] P x̃
-
-
-class Lesson(NamedTuple):
-    """What m events teach their items."""
-
-    taught: Tensor  # [m] bool: the event carried a level, and its update was finite
-    w: Tensor  # [m, D+1] of the user, before the update
-    e: Tensor  # [m] s − z
-    r: Tensor  # [m] R = v + σ²
-
-
-class Written(NamedTuple):
-    """m rows after their events, and what the rule would say of these events now."""
-
-    users: Users
-    lesson: Lesson
-    z: Tensor  # [m]
-    v: Tensor  # [m]
 
 
 def init(theta: Theta, m: int, *, full: bool, ring: int, dtype: torch.dtype = torch.float32) -> Users:
@@ -161,78 +77,9 @@ def init(theta: Theta, m: int, *, full: bool, ring: int, dtype: torch.dtype = to
     )
 
 
-def init_items(theta: Theta, hashes: Tensor, known: Tensor, dtype: torch.dtype = torch.float32) -> Items:
-    """Rows of m items before their first event: V = 1/(1/V₀ + n/σ²), n the item's events in pretraining.
-
-    Args:
-        theta: slow weights.
-        hashes: `[m]` int64, the bits of xxh3-64 of the ids.
-        known: `[m]` rows of the items in θ.
-        dtype: of the rows' numbers.
-    """
-    c_var, delta_var = (v.to(dtype) for v in _item_variances(theta, known))  # [m], [m]
-    count, zeros = torch.zeros_like(hashes).int(), torch.zeros(len(hashes), len(theta.prior_variance) - 1).to(c_var)
-    return Items(
-        hash=hashes,
-        window=torch.zeros_like(hashes),
-        count=count,
-        pending_count=count,
-        c=torch.zeros_like(c_var),
-        c_var=c_var,
-        delta=zeros,
-        delta_var=delta_var[:, None].expand_as(zeros),
-        c_info=torch.zeros_like(c_var).double(),
-        c_sum=torch.zeros_like(c_var).double(),
-        delta_info=zeros,
-        delta_sum=zeros,
-    )
-
-
-def encode(theta: Theta, known: Tensor, content: Tensor, pairs: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-    """x̃ without the item's offset, and the item's bias c under θ.
-
-    Args:
-        theta: slow weights.
-        known: `[m]` rows of the items in θ.
-        content: `[m, D+1]` encodings of the items' features.
-        pairs: event features, sparse: event `[k]`, row of the feature table `[k]`, weight `[k]`.
-
-    Returns:
-        `[m, D+1]` with a last column of ones, and `[m]`.
-    """
-    event, row, weight = pairs
-    x = (theta.item_vector[known] + content).double()  # [m, D+1]
-    x = x.index_put((event,), (weight[:, None] * theta.feature_vector[row]).double(), accumulate=True)  # [m, D+1]
-    return torch.cat([x[:, :-1], torch.ones_like(x[:, :1])], 1), x[:, -1]
-
-
-def settle(items: Items, window: Tensor) -> Items:
-    """Items as of the start of `window` `[m]`: the sums of an earlier window are applied, and begin anew.
-
-    V ← 1/(1/V + Σ 1/R) and Δc ← Δc + V Σ e/R; each coordinate of δ alike, with Σ w²/R and Σ w e/R.
-    """
-    other = items.window != window  # [m]
-    due = other & (items.pending_count > 0)  # [m]
-    c_var = 1.0 / (1.0 / items.c_var.double() + items.c_info)  # [m]
-    delta_var = 1.0 / (1.0 / items.delta_var.double() + items.delta_info)  # [m, D]
-    return items._replace(
-        window=window,
-        pending_count=items.pending_count.masked_fill(other, 0),
-        c=_where(due, items.c + c_var * items.c_sum, items.c),
-        c_var=_where(due, c_var, items.c_var),
-        delta=_where(due, items.delta + delta_var * items.delta_sum, items.delta),
-        delta_var=_where(due, delta_var, items.delta_var),
-        c_info=items.c_info.masked_fill(other, 0.0),
-        c_sum=items.c_sum.masked_fill(other, 0.0),
-        delta_info=items.delta_info.masked_fill(other[:, None], 0.0),
-        delta_sum=items.delta_sum.masked_fill(other[:, None], 0.0),
-    )
-
-
 def read(theta: Theta, users: Users, seen: Seen, screen: Screen = LEARN_ALL) -> Reading:
     """Leak to the prior, then z = b + c + ⟨w, x̃⟩ and its variance. The rows stay as they are."""
-    hours = (seen.time_ms - users.last_ms).clamp(min=0) / MS_PER_HOUR  # [m]
-    decay = torch.exp(-(theta.leak[0] + theta.leak[1] * torch.log1p(hours.double())))  # [m]
+    decay = torch.exp(-(theta.leak[0] + theta.leak[1] * torch.log1p(hours_since(users, seen))))  # [m]
     gamma = torch.where(users.count > 0, decay, 0.0)[:, None]  # [m, 1]
     square = gamma * gamma  # [m, 1]
     prior = _prior(theta, users.P.shape[1] != users.d.shape[1])  # [K]
@@ -242,7 +89,7 @@ def read(theta: Theta, users: Users, seen: Seen, screen: Screen = LEARN_ALL) -> 
         z=seen.offset + (w * seen.x).sum(1),  # [m]
         v=(g * seen.x).sum(1).clamp(min=0.0),  # [m]
         v_item=seen.c_var + (w[:, :-1].square() * seen.delta_var).sum(1),  # [m]
-        flags=_screen(users, seen, screen),  # [m]
+        flags=screened(users, seen, screen),  # [m]
         w=w,
         d=d,
         P=P,
@@ -261,49 +108,17 @@ def write(theta: Theta, users: Users, seen: Seen, reading: Reading, screen: Scre
     d = reading.d + reading.g * e[:, None] / total  # [m, D+1]
     P = reading.P - _outer(reading.g, reading.P.shape[1]) / total  # [m, K]  # noqa: N806
     teaches = (seen.level >= 0) & (reading.flags & screen.barred == 0)  # [m]
-    taught = teaches & _fits(d) & _fits(P) & _item_fits(reading.w, e, r)  # [m]
+    taught = teaches & fits(d) & fits(P) & item_fits(reading.w, e, r)  # [m]
     z = reading.z + ((seen.w0 + d - reading.w) * seen.x).sum(1)  # [m]
     v = (_times(P, seen.x) * seen.x).sum(1).clamp(min=0.0)  # [m]
     return Written(
-        users=_remember(users, seen, reading.z, taught)._replace(
-            d=_where(taught, d, users.d), P=_where(taught, P, users.P)
+        users=remember(users, seen, reading.z, taught)._replace(
+            d=chosen(taught, d, users.d), P=chosen(taught, P, users.P)
         ),
-        lesson=Lesson(taught, reading.w, e, r),
+        lesson=Lesson(taught, reading.w, 1.0 / r, e / r),
         z=torch.where(taught, z, reading.z),
         v=torch.where(taught, v, reading.v),
     )
-
-
-def add_pending(items: Items, settled: Items, at: Tensor, lesson: Lesson) -> Items:
-    """Items after the n events of one window; an item that none of them taught stays as it was.
-
-    Args:
-        items: m rows as they were.
-        settled: the same as of the start of the window.
-        at: `[n]` row of each event's item.
-        lesson: of the n events.
-    """
-    w, e, r = lesson.w[:, :-1], lesson.e[:, None], lesson.r[:, None]  # [n, D], [n, 1], [n, 1]
-    parts = torch.cat([1.0 / r, e / r, w * w / r, w * e / r], 1)  # [n, 2+2D]
-    parts = torch.where(lesson.taught[:, None], parts, 0.0)  # [n, 2+2D]
-    sums = parts.new_zeros(len(items.c), parts.shape[1]).index_put((at,), parts, accumulate=True)  # [m, 2+2D]
-    counts = torch.zeros_like(items.count).index_put((at,), lesson.taught.to(items.count), accumulate=True)  # [m]
-    info, error = sums[:, 2:].chunk(2, 1)  # [m, D], [m, D]
-    after = settled._replace(
-        count=settled.count + counts,
-        pending_count=settled.pending_count + counts,
-        c_info=settled.c_info + sums[:, 0],
-        c_sum=settled.c_sum + sums[:, 1],
-        delta_info=settled.delta_info + info,
-        delta_sum=settled.delta_sum + error,
-    )
-    return Items._make(_where(counts > 0, new, old) for new, old in zip(after, items, strict=True))
-
-
-def read_out(theta: Theta, z: Tensor, variance: Tensor) -> Tensor:
-    """p = σ(α z/√(1 + κ·variance) + β), for z `[m]` and variance `[m]`."""
-    alpha, kappa, beta = theta.readout
-    return torch.sigmoid(alpha * z / torch.sqrt(1.0 + kappa * variance) + beta)
 
 
 def frozen(theta: Theta, x: Tensor, c: Tensor, w0: Tensor, known: Tensor) -> Tensor:
@@ -316,239 +131,13 @@ def frozen(theta: Theta, x: Tensor, c: Tensor, w0: Tensor, known: Tensor) -> Ten
         w0: `[m, D+1]` prior mean.
         known: `[m]` rows of the items in θ.
     """
-    c_var, delta_var = _item_variances(theta, known)  # [m], [m]
+    c_var, delta_var = item_variances(theta, known)  # [m], [m]
     variance = c_var + x.square() @ theta.prior_variance + w0[:, :-1].square().sum(1) * delta_var  # [m]
     return read_out(theta, theta.bias + c + (w0 * x).sum(1), variance)
 
 
-@torch.no_grad()
-def adapt_batched(theta: Theta, user_rows: Array, item_rows: Array, events: Events, out: Scores) -> None:
-    """What `step.adapt` does for n events in order, on θ's device.
-
-    Args:
-        theta: slow weights.
-        user_rows: slab of users; rows that the events touch are fetched, and written back at the end.
-        item_rows: slab of items; alike.
-        events: encoded; offsets ascend within a partition.
-        out: filled in.
-    """
-    where = theta.bias.device
-    plan = plan_rounds(events.user, events.partition, events.window)
-    user_slots, user_at = np.unique(events.user, return_inverse=True)
-    item_slots, item_at = np.unique(events.item, return_inverse=True)
-    users, items = _load(Users, user_rows[user_slots], where), _load(Items, item_rows[item_slots], where)
-    columns = _columns(theta, events, user_at, item_at)
-    ordered = _take(columns, torch.from_numpy(plan.order).to(where))
-    windows = [
-        _adapt_window(theta, users, items, _take(ordered, slice(w[0], w[-1])), w, events.screen) for w in plan.windows
-    ]
-    _store(user_rows, user_slots, users)
-    _store(item_rows, item_slots, items)
-    if windows:
-        _report(out, plan.order, events, ordered.frozen, _scores(theta, _concatenate(windows)))
-
-
-class Plan(NamedTuple):
-    """In which order n events are learned."""
-
-    order: Longs  # [n] indices of events: by window, then by round, then by user, those with most events first
-    windows: list[list[int]]  # for each window the bounds of its rounds in `order`
-
-
-def plan_rounds(user: Array, partition: Array, window: Array) -> Plan:
-    """Windows and rounds of n events in consumption order; a round holds the k-th event of every user in a window.
-
-    The k-th windows of all partitions are one: they have neither users nor items in common.
-    """
-    ordinal = _ordinal(partition, window)  # [n]
-    turn, turns = _turns(user, ordinal)  # [n], [n]
-    order = np.lexsort((user, -turns, turn, ordinal))
-    ordinal, turn = ordinal[order], turn[order]
-    starts = np.flatnonzero(np.diff(ordinal, prepend=-1) | np.diff(turn, prepend=-1))
-    bounds = [*starts.tolist(), len(order)]
-    firsts = [k for k, start in enumerate(starts) if turn[start] == 0]
-    return Plan(order, [bounds[a : b + 1] for a, b in pairwise([*firsts, len(starts)])])
-
-
-def _ordinal(partition: Array, window: Array) -> Longs:
-    """`[n]`: how many windows of its partition come before each event's, counted among the n events."""
-    by = np.lexsort((window, partition))
-    first = np.diff(partition[by], prepend=-1) != 0
-    distinct = np.cumsum(first | (np.diff(window[by], prepend=-1) != 0))
-    result = np.empty(len(by), dtype=np.int64)
-    result[by] = distinct - np.maximum.accumulate(np.where(first, distinct, 0))
-    return result
-
-
-def _turns(user: Array, ordinal: Longs) -> tuple[Longs, Longs]:
-    """`[n]`: how many events of its user come before each event in the same window; `[n]`: how many there are."""
-    by = np.lexsort((user, ordinal))  # stable
-    starts = np.flatnonzero((np.diff(user[by], prepend=-1) != 0) | (np.diff(ordinal[by], prepend=-1) != 0))
-    sizes = np.diff(starts, append=len(by))
-    turn, turns = np.empty(len(by), dtype=np.int64), np.empty(len(by), dtype=np.int64)
-    turn[by] = np.arange(len(by)) - np.repeat(starts, sizes)
-    turns[by] = np.repeat(sizes, sizes)
-    return turn, turns
-
-
-class _Columns(NamedTuple):
-    """n events on the device, encoded; rows count among those that were fetched."""
-
-    x: Tensor  # [n, D+1] x̃ without the item's offset
-    c: Tensor  # [n]
-    w0: Tensor  # [n, D+1]
-    frozen: Tensor  # [n] score
-    user: Tensor  # [n]
-    item: Tensor  # [n]
-    window: Tensor  # [n]
-    time_ms: Tensor  # [n]
-    level: Tensor  # [n]
-    event_hash: Tensor  # [n]
-
-
-class _Said(NamedTuple):
-    """What was said of n events, before and after they were learned."""
-
-    z: Tensor  # [n]
-    v: Tensor  # [n]
-    v_item: Tensor  # [n]
-    flags: Tensor  # [n]
-    new_z: Tensor  # [n]
-    new_v: Tensor  # [n]
-    count: Tensor  # type: ignore[assignment]  # [n], not tuple's
-    taught: Tensor  # [n]
-    w: Tensor  # [n, D+1]
-    e: Tensor  # [n]
-    r: Tensor  # [n]
-
-
-#: Named tuples of tensors that have their first dimension in common.
-RowsT = TypeVar("RowsT", Users, Items, Seen, _Columns, _Said)
-
-
-def _columns(theta: Theta, events: Events, user_at: Array, item_at: Array) -> _Columns:
-    def put(column: Array) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(column)).to(theta.bias.device)
-
-    known, event = put(events.known), np.repeat(np.arange(len(events.user)), np.diff(events.pointers))
-    pairs = (put(event), put(events.rows), put(events.weights))
-    x, c = encode(theta, known, put(events.content_vectors[events.content]), pairs)
-    w0 = put(events.prior_vectors[events.prior]).double()  # [n, D+1]
-    return _Columns(
-        x=x,
-        c=c,
-        w0=w0,
-        frozen=frozen(theta, x, c, w0, known),
-        user=put(user_at),
-        item=put(item_at),
-        window=put(events.window),
-        time_ms=put(events.time_ms),
-        level=put(events.level).long(),
-        event_hash=put(events.event_hash.astype(np.uint32).view(np.int32)),
-    )
-
-
-def _adapt_window(
-    theta: Theta, users: Users, items: Items, events: _Columns, bounds: Sequence[int], screen: Screen
-) -> _Said:
-    """Learns one window round by round; writes into `users` and `items`, which are this batch's own copies."""
-    which, at = torch.unique(events.item, return_inverse=True)
-    before = _take(items, which)
-    settled = settle(before, torch.zeros_like(which).index_put((at,), events.window))
-    seen = _seen(theta, events, settled, at)
-    present = events.user[: bounds[1] - bounds[0]]  # in every later round the first of these
-    rows = _take(users, present)
-    rounds = []
-    for start, stop in pairwise(b - bounds[0] for b in bounds):
-        now = slice(stop - start)
-        rounds.append(_round(theta, _take(rows, now), _take(seen, slice(start, stop)), screen))
-        _put(rows, now, rounds[-1][0])
-    _put(users, present, rows)
-    said = _concatenate([said for _, said in rounds])
-    _put(items, which, add_pending(before, settled, at, Lesson(said.taught, said.w, said.e, said.r)))
-    return said
-
-
-def _round(theta: Theta, users: Users, seen: Seen, screen: Screen) -> tuple[Users, _Said]:
-    reading = read(theta, users, seen, screen)
-    after, lesson, z, v = write(theta, users, seen, reading, screen)
-    return after, _Said(reading.z, reading.v, reading.v_item, reading.flags, z, v, after.count, *lesson)
-
-
-def _seen(theta: Theta, events: _Columns, settled: Items, at: Tensor) -> Seen:
-    delta = torch.cat([settled.delta, torch.zeros_like(settled.delta[:, :1])], 1)  # [m, D+1]
-    return Seen(
-        x=events.x + delta[at],
-        w0=events.w0,
-        offset=theta.bias + events.c + settled.c[at],
-        c_var=settled.c_var[at].double(),
-        delta_var=settled.delta_var[at].double(),
-        item_hash=settled.hash[at],
-        time_ms=events.time_ms,
-        level=events.level,
-        event_hash=events.event_hash,
-    )
-
-
-def _scores(theta: Theta, said: _Said) -> tuple[Tensor, ...]:
-    """Score, updated score, uncertainty, adaptations, flags that the rows told, and which events taught."""
-    variance = said.v + said.v_item
-    score = read_out(theta, said.z, variance)
-    updated = torch.where(said.taught, read_out(theta, said.new_z, said.new_v + said.v_item), score)
-    return score, updated, variance.sqrt(), said.count, said.flags, said.taught
-
-
-def _report(out: Scores, order: Longs, events: Events, frozen_score: Tensor, scores: tuple[Tensor, ...]) -> None:
-    score, updated, uncertainty, adaptations, flags, taught = (s.cpu().numpy() for s in scores)
-    out.frozen[order] = frozen_score.cpu().numpy()
-    out.score[order], out.updated[order], out.uncertainty[order] = score, updated, uncertainty
-    out.adaptations[order] = adaptations
-    score_only = events.level[order] < 0
-    undone = ~(score_only | (flags & events.screen.barred != 0) | taught)
-    out.flags[order] = flags + score_only * Flag.SCORE_ONLY + undone * Flag.NAN_UNDONE
-
-
-def _remember(users: Users, seen: Seen, z: Tensor, taught: Tensor) -> Users:
-    """Counters and ring after m events, of which some taught."""
-    ring = users.ring_item.shape[1]
-    here = torch.arange(ring, device=z.device) == (users.count % ring)[:, None]  # [m, N]
-    here = here & taught[:, None]  # [m, N]
-    return users._replace(
-        last_ms=torch.where(taught, torch.maximum(users.last_ms, seen.time_ms), users.last_ms),
-        count=users.count + taught,
-        ring_item=_where(here, seen.item_hash[:, None], users.ring_item),
-        ring_time_s=_where(here, (seen.time_ms // 1000)[:, None], users.ring_time_s),
-        ring_event=_where(here, seen.event_hash[:, None], users.ring_event),
-        ring_level=_where(here, seen.level[:, None], users.ring_level),
-        ring_logit=_where(here, z[:, None], users.ring_logit),
-    )
-
-
-def _screen(users: Users, seen: Seen, screen: Screen) -> Tensor:
-    """`[m]`: flags that events have for what their users' rows remember: late, duplicate."""
-    late = (users.count > 0) & (seen.time_ms < users.last_ms - screen.late_after_ms)  # [m]
-    flags = late * int(Flag.LATE)  # [m]
-    if screen.barred & Flag.DUPLICATE:
-        duplicate = (users.ring_event == seen.event_hash[:, None]).any(1)  # [m]
-        flags = flags + duplicate * int(Flag.DUPLICATE)
-    return flags
-
-
-def _fits(rows: Tensor) -> Tensor:
-    """`[m]`: whether all of `[m, …]` fits into a row; NaN does not."""
-    return (rows.abs() < LARGEST).all(1)
-
-
-def _item_fits(w: Tensor, e: Tensor, r: Tensor) -> Tensor:
-    """`[m]`: whether the pending sums can hold 1/R, e/R, w²/R and w e/R."""
-    reach = w.abs().amax(1).clamp(min=1.0)  # [m]
-    return (e.abs() < LARGEST) & (reach * torch.maximum(reach, e.abs()) / r < LARGEST)
-
-
-def _item_variances(theta: Theta, known: Tensor) -> tuple[Tensor, Tensor]:
-    """Variances `[m]` of the bias and `[m]` of each offset coordinate that items start with."""
-    seen = theta.item_events[known] / theta.noise  # [m]
-    return 1.0 / (1.0 / theta.item_variance[0] + seen), 1.0 / (1.0 / theta.item_variance[1] + seen)
+#: The rule for `batching.adapt_with`.
+EQUATIONS = Equations(Users, read, write, frozen)
 
 
 class _Triangle(NamedTuple):
@@ -590,57 +179,3 @@ def _outer(g: Tensor, floats: int) -> Tensor:
         return g * g
     triangle = _triangle(g.shape[1], g.device)
     return g[:, triangle.row] * g[:, triangle.column]
-
-
-def _where(condition: Tensor, new: Tensor, old: Tensor) -> Tensor:
-    """`new` where the condition holds, in the dtype of `old`; a condition `[m]` chooses whole rows."""
-    return torch.where(condition if condition.ndim == old.ndim else condition[:, None], new.to(old.dtype), old)
-
-
-def _take(rows: RowsT, at: Tensor | slice) -> RowsT:
-    return type(rows)._make(t[at] for t in rows)
-
-
-def _put(rows: RowsT, at: Tensor | slice, values: RowsT) -> None:
-    for t, value in zip(rows, values, strict=True):
-        t[at] = value
-
-
-def _concatenate(parts: Sequence[RowsT]) -> RowsT:
-    return type(parts[0])._make(torch.cat(columns) for columns in zip(*parts, strict=True))
-
-
-_SIGNED = {np.dtype("<u8"): np.dtype("<i8"), np.dtype("<u4"): np.dtype("<i4")}
-
-
-def _load(kind: type[RowsT], rows: Array, where: torch.device) -> RowsT:
-    """Records `[m]` as tensors."""
-    return kind._make(
-        torch.from_numpy(np.ascontiguousarray(rows[name]).view(_SIGNED.get(rows[name].dtype, rows[name].dtype))).to(
-            where
-        )
-        for name in kind._fields
-    )
-
-
-def _store(slab: Array, slots: Longs, rows: Users | Items) -> None:
-    """Tensors back into the records at `slots` `[m]`."""
-    for name, t in zip(rows._fields, rows, strict=True):
-        field = slab[name]
-        field[slots] = t.cpu().numpy().view(field.dtype)
-
-
-def _usable(device: torch.device | str) -> torch.device:
-    try:
-        return torch.zeros(1, device=device).device
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device={str(device)!r}: torch cannot use it here ({error}); take auto or cpu") from error
-
-
-def _double(weights: SlowWeights, name: str, where: torch.device) -> Tensor:
-    return torch.from_numpy(getattr(weights, name).astype(np.float64)).to(where)
-
-
-def _with_zeros(table: npt.NDArray[Any], where: torch.device) -> Tensor:
-    """A table and one more row, of zeros."""
-    return torch.from_numpy(np.concatenate([table, np.zeros_like(table[:1], shape=(1, *table.shape[1:]))])).to(where)

@@ -1,13 +1,10 @@
-"""Rows of the Kalman rule: what a user and an item remember.
-
-Fast weights are kept as deviations from what θ says, d = w − w₀ and Δc, δ for items: a row that nobody has touched
-is all zeros but for its variances, and a new θ carries a row by keeping its deviation.
-"""
+"""Rows of the Kalman rule: a user's covariance beside the weights."""
 
 from __future__ import annotations
 
+from stream_adapt.learner.rules import layout
 from stream_adapt.models import LearnerSpec
-from stream_adapt.state.row import Field, Kind, Layout
+from stream_adapt.state.row import Field, Layout
 
 
 def covariance_floats(spec: LearnerSpec) -> int:
@@ -17,41 +14,7 @@ def covariance_floats(spec: LearnerSpec) -> int:
 
 
 def user_layout(spec: LearnerSpec) -> Layout:
-    """Row of a user; D+1 = spec.dimension + 1, N = spec.ring."""
-    width, ring = spec.dimension + 1, spec.ring
-    return Layout(
-        Kind.USER,
-        (
-            Field("last_ms", "<i8", (), "time of the last event learned, ms since the epoch"),
-            Field("count", "<i4", (), "events learned"),
-            Field("d", "<f4", (width,), "fast weights less their prior mean, w − w₀; the last is the user's bias"),
-            Field("P", "<f4", (covariance_floats(spec),), "covariance of w: diagonal, or packed lower triangle"),
-            Field("ring_item", "<u8", (ring,), "the last N events, the k-th at k mod N: xxh3-64 of the item id"),
-            Field("ring_time_s", "<u4", (ring,), "their times, s since the epoch"),
-            Field("ring_event", "<u4", (ring,), "low half of xxh3-64 of their ids; 0: not kept"),
-            Field("ring_level", "<i1", (ring,), "their levels"),
-            Field("ring_logit", "<f4", (ring,), "their logits z, before each was learned"),
-        ),
-    )
-
-
-def item_layout(spec: LearnerSpec) -> Layout:
-    """Row of an item, in information form: `pending` sums are applied at the first touch in a later window."""
-    size = spec.dimension
-    return Layout(
-        Kind.ITEM,
-        (
-            Field("hash", "<u8", (), "xxh3-64 of the item id: its key in θ"),
-            Field("window", "<i8", (), "window that the pending sums belong to"),
-            Field("count", "<i4", (), "events learned"),
-            Field("pending_count", "<i4", (), "events in the pending sums"),
-            Field("c", "<f4", (), "bias less what θ says, Δc"),
-            Field("c_var", "<f4", (), "variance of the bias"),
-            Field("delta", "<f4", (size,), "offset δ of the item's vector"),
-            Field("delta_var", "<f4", (size,), "variance of each coordinate of δ"),
-            Field("c_info", "<f8", (), "pending Σ 1/R"),
-            Field("c_sum", "<f8", (), "pending Σ e/R"),
-            Field("delta_info", "<f4", (size,), "pending Σ w²/R"),
-            Field("delta_sum", "<f4", (size,), "pending Σ w e/R"),
-        ),
+    """Row of a user."""
+    return layout.user_layout(
+        spec, Field("P", "<f4", (covariance_floats(spec),), "covariance of w: diagonal, or packed lower triangle")
     )

@@ -4,9 +4,6 @@
 `adapt` does so for a batch in order. Rows are records of the slab, float32, and are written in place; arithmetic is
 float64 and strictly sequential, so that results do not depend on how a stream was cut into batches.
 
-All that a step touches is a record (θ's numbers, a user, an item, the event, the work space): compiled code takes
-records by address, where a tuple of arrays costs a reference count for each array at every call.
-
 With x̃ = [x + δ ; 1], w = w₀ + d, and P kept as its diagonal or its packed lower triangle:
 
     leak      γ = exp(−(a + b·log(1 + Δt/1 h)))    d ← γ d      P ← γ²P + (1 − γ²)P₀
@@ -24,90 +21,39 @@ from __future__ import annotations
 
 import math
 from functools import cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 from numba import njit
 
+from stream_adapt.learner.rules.compiled import (
+    LARGEST,
+    MS_PER_HOUR,
+    NAN_UNDONE,
+    SCORE_ONLY,
+    Theta,
+    adapt_with,
+    encode,
+    item_fits,
+    read_item,
+    read_out,
+    remember,
+    screened,
+    write_item,
+)
+from stream_adapt.learner.rules.events import Array, Events, Scores
 from stream_adapt.models import SlowWeights
-from stream_adapt.record import Flag
-
-Array = npt.NDArray[Any]
-
-MS_PER_HOUR = 3_600_000.0
-#: A row's numbers stay below it, and so do an event's parts of the pending sums: float32 holds 10⁸ of them.
-LARGEST = 1e30
-_SCORE_ONLY, _NAN_UNDONE = int(Flag.SCORE_ONLY), int(Flag.NAN_UNDONE)
-_LATE, _DUPLICATE = int(Flag.LATE), int(Flag.DUPLICATE)
 
 
-class Theta(NamedTuple):
-    """θ as the compiled code reads it: its numbers in one record, and the tables that events look things up in."""
-
-    numbers: Array  # [1] of `_numbers_type`
-    item_vector: Array  # [n+1, D+1] of n known items, and a last row of zeros for all others
-    item_events: Array  # [n+1]
-    feature_vector: Array  # [F+1, D+1]; the last row, of zeros, keeps it from being empty
-
-    @classmethod
-    def of(cls, weights: SlowWeights) -> Theta:
-        """θ of a loaded model."""
-        numbers = np.zeros(1, _numbers_type(len(weights.prior_variance), len(weights.level_scores)))
-        numbers["bias"], numbers["noise"] = weights.bias, weights.noise
-        numbers["leak_a"], numbers["leak_b"] = weights.leak
-        numbers["alpha"], numbers["kappa"], numbers["beta"] = weights.readout
-        numbers["bias_variance"], numbers["offset_variance"] = weights.item_variance
-        numbers["prior_variance"], numbers["level_scores"] = weights.prior_variance, weights.level_scores
-        tables = (weights.item_vector, weights.item_events, weights.feature_vector)
-        return cls(numbers, *(np.concatenate([t, np.zeros((1, *t.shape[1:]), t.dtype)]) for t in tables))
-
-
-class Screen(NamedTuple):
-    """Which events are told apart by what their user's row remembers, and which of them teach nothing."""
-
-    late_after_ms: int = 0  # how much older than its user's last event learned an event may be without being late
-    barred: int = 0  # bits of Flag: an event that has one of them is scored and teaches nothing
-
-
-#: Late events teach, too, and nobody looks for duplicates.
-LEARN_ALL = Screen()
-
-
-class Events(NamedTuple):
-    """A batch of n events in consumption order, encoded."""
-
-    user: Array  # [n] slot of the user's row
-    item: Array  # [n] slot of the item's row
-    partition: Array  # [n] that the event came from
-    known: Array  # [n] the item's row in θ; the last row if it is unknown
-    window: Array  # [n] offset // W
-    time_ms: Array  # [n]
-    level: Array  # [n] or NO_LEVEL
-    content: Array  # [n] row of content_vectors
-    content_vectors: Array  # [C, D+1] encodings of item features
-    prior: Array  # [n] row of prior_vectors
-    prior_vectors: Array  # [U, D+1] m₀ + A·a_u
-    pointers: Array  # [n+1] of the event features' sparse pairs
-    rows: Array  # [k]
-    weights: Array  # [k]
-    event_hash: Array  # [n] what rings keep of the event's id, 0: nothing
-    screen: Screen = LEARN_ALL
-
-
-class Scores(NamedTuple):
-    """What `adapt` fills in; columns of length n."""
-
-    score: Array
-    frozen: Array
-    updated: Array
-    uncertainty: Array
-    adaptations: Array
-    flags: Array
-
-    @classmethod
-    def empty(cls, n: int) -> Scores:
-        return cls._make([*(np.empty(n) for _ in range(4)), np.empty(n, np.int64), np.zeros(n, np.uint8)])
+def theta_of(weights: SlowWeights) -> Theta:
+    """θ of a loaded model as the compiled code reads it."""
+    numbers = np.zeros(1, _numbers_type(len(weights.prior_variance), len(weights.level_scores)))
+    numbers["bias"], numbers["noise"] = weights.bias, weights.noise
+    numbers["leak_a"], numbers["leak_b"] = weights.leak
+    numbers["alpha"], numbers["kappa"], numbers["beta"] = weights.readout
+    numbers["bias_variance"], numbers["offset_variance"] = weights.item_variance
+    numbers["prior_variance"], numbers["level_scores"] = weights.prior_variance, weights.level_scores
+    return Theta.of(numbers, weights)
 
 
 def adapt(theta: Theta, users: Array, items: Array, events: Events, out: Scores) -> None:
@@ -120,28 +66,7 @@ def adapt(theta: Theta, users: Array, items: Array, events: Events, out: Scores)
         events: encoded.
         out: filled in.
     """
-    width, floats = users["d"].shape[1], users["P"].shape[1]
-    seen = np.zeros(len(events.user), _EVENT_TYPE)
-    for name in ("user", "item", "window", "time_ms", "level", "event_hash"):
-        seen[name] = getattr(events, name)
-    seen["late_after_ms"], seen["barred"] = events.screen
-    seen["item_events"] = theta.item_events[events.known]
-    scratch = np.zeros(1, _scratch_type(width, floats))
-    _adapt(
-        theta.numbers, users, items, seen, scratch,
-        events.known, theta.item_vector, events.content, events.content_vectors, events.prior, events.prior_vectors,
-        events.pointers, events.rows, events.weights, theta.feature_vector,
-    )  # fmt: skip
-    for name, column in zip(out._fields, out, strict=True):
-        column[:] = seen[name]
-
-
-#: One event and what is said of it.
-_EVENT_TYPE = np.dtype(
-    [(name, "<i8") for name in ("user", "item", "window", "time_ms", "level", "adaptations", "flags")]
-    + [(name, "<i8") for name in ("event_hash", "late_after_ms", "barred")]
-    + [(name, "<f8") for name in ("item_events", "score", "frozen", "updated", "uncertainty")]
-)
+    adapt_with(_adapt, _scratch_type(users["d"].shape[1], users["P"].shape[1]), theta, users, items, events, out)
 
 
 @cache
@@ -171,14 +96,11 @@ def _adapt(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
 ):  # fmt: skip
     """Encodes every event into the work space, and takes its step."""
     s = scratch[0]
-    x0, w0 = s.x0, s.w0
     for i in range(events.shape[0]):
-        for j in range(x0.shape[0]):
-            x0[j] = item_vector[known[i], j] + content_vectors[content[i], j]
-            w0[j] = prior_vectors[prior[i], j]
-        for k in range(pointers[i], pointers[i + 1]):
-            for j in range(x0.shape[0]):
-                x0[j] += weights[k] * feature_vector[rows[k], j]
+        encode(
+            i, s, known, item_vector, content, content_vectors, prior, prior_vectors,
+            pointers, rows, weights, feature_vector,
+        )  # fmt: skip
         step(theta[0], users[events[i].user], items[events[i].item], events[i], s)
 
 
@@ -189,7 +111,7 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
     size = x.shape[0] - 1
     c0 = x0[size]  # the item's bias under θ lies where x̃ has its 1
     x0[size] = 1.0
-    _read_item(item, event.window, s)
+    read_item(item, event.window, s)
     _leak(theta, user, event.time_ms, s)
 
     z, v_item = theta.bias + c0 + s.c, s.c_var
@@ -205,73 +127,22 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
     event.updated = event.score
     event.frozen = _frozen(theta, event.item_events, c0, s)
     event.uncertainty = math.sqrt(v + v_item)
-    event.flags = _screen(user, event)
+    event.flags = screened(user, event)
     if event.level < 0:
-        event.flags |= _SCORE_ONLY
+        event.flags |= SCORE_ONLY
     elif event.flags & event.barred == 0:
         e, r = theta.level_scores[event.level] - z, v + theta.noise
         v_new, fits = _learn_user(e, r + v_item, s)
-        if fits and _item_fits(r, e, s):
+        if fits and item_fits(r, e, s):
             z_new = z
             for j in range(size + 1):
                 z_new += (w0[j] + d[j] - w[j]) * x[j]
             event.updated = read_out(theta, z_new, v_new + v_item)
             _write_user(user, event, item.hash, z, s)
-            _write_item(item, event.window, r, e, s)
+            write_item(item, event.window, 1.0 / r, e / r, s)
         else:
-            event.flags |= _NAN_UNDONE
+            event.flags |= NAN_UNDONE
     event.adaptations = user.count
-
-
-@njit(cache=True, error_model="numpy")
-def _screen(user, event):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """Flags that an event has for what its user's row remembers: late, duplicate."""
-    flags = 0
-    if user.count > 0 and event.time_ms < user.last_ms - event.late_after_ms:
-        flags |= _LATE
-    if event.barred & _DUPLICATE:
-        for k in range(user.ring_event.shape[0]):
-            if user.ring_event[k] == event.event_hash:
-                flags |= _DUPLICATE
-    return flags
-
-
-@njit(cache=True, error_model="numpy")
-def sigmoid(z):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """1/(1 + exp(−z)) without overflow."""
-    if z >= 0.0:
-        return 1.0 / (1.0 + math.exp(-z))
-    return math.exp(z) / (1.0 + math.exp(z))
-
-
-@njit(cache=True, error_model="numpy")
-def read_out(theta, z, variance):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """p = σ(α z/√(1 + κ·variance) + β)."""
-    return sigmoid(theta.alpha * z / math.sqrt(1.0 + theta.kappa * variance) + theta.beta)
-
-
-@njit(cache=True, error_model="numpy")
-def _read_item(item, window, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """Fills Δc, δ and their variances as of the start of `window`.
-
-    They are rounded as `_write_item` stores them: it makes no difference who is first to touch an item in a window.
-    """
-    c, c_var = float(item.c), float(item.c_var)
-    delta, delta_var, info, total = item.delta, item.delta_var, item.delta_info, item.delta_sum
-    due = item.pending_count > 0 and item.window != window
-    if due:
-        variance = 1.0 / (1.0 / c_var + item.c_info)
-        c = float(np.float32(c + variance * item.c_sum))
-        c_var = float(np.float32(variance))
-    s.c, s.c_var = c, c_var
-    for j in range(delta.shape[0]):
-        mean, variance = float(delta[j]), float(delta_var[j])
-        if due:
-            variance = 1.0 / (1.0 / variance + info[j])
-            mean = float(np.float32(mean + variance * total[j]))
-            variance = float(np.float32(variance))
-        s.delta[j] = mean
-        s.delta_var[j] = variance
 
 
 @njit(cache=True, error_model="numpy")
@@ -335,71 +206,34 @@ def _learn_user(e, total, s):  # type: ignore[no-untyped-def]  # pragma: no cove
     """d += g e/T, P −= g gᵀ/T in the work space; returns the new x̃ᵀP x̃ and whether a row can hold them."""
     d, g, x, P = s.d, s.g, s.x, s.P  # noqa: N806
     width = d.shape[0]
-    fits, v = True, 0.0
+    gain, shrink, unfit, v = e / total, 1.0 / total, 0, 0.0
     for j in range(width):
-        d[j] += g[j] * e / total
-        fits = fits and abs(d[j]) < LARGEST  # NaN compares false
+        d[j] += gain * g[j]
+        unfit += not abs(d[j]) < LARGEST  # NaN compares false
     if P.shape[0] == width:
         for j in range(width):
-            P[j] -= g[j] * g[j] / total
+            P[j] -= shrink * g[j] * g[j]
             v += P[j] * x[j] * x[j]
-            fits = fits and abs(P[j]) < LARGEST
+            unfit += not abs(P[j]) < LARGEST
     else:
         for j in range(width):
             start = j * (j + 1) // 2
+            scaled = shrink * g[j]
             for k in range(j + 1):
-                P[start + k] -= g[j] * g[k] / total
-                fits = fits and abs(P[start + k]) < LARGEST
-                v += P[start + k] * x[j] * x[k] * (1.0 if j == k else 2.0)
-    return max(v, 0.0), fits
-
-
-@njit(cache=True, error_model="numpy")
-def _item_fits(r, e, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """Whether the pending sums can hold 1/R, e/R, w²/R and w e/R."""
-    w, reach = s.w, 1.0
-    for j in range(w.shape[0]):
-        reach = max(reach, abs(w[j]))
-    return abs(e) < LARGEST and reach * max(reach, abs(e)) / r < LARGEST
+                P[start + k] -= scaled * g[k]
+                unfit += not abs(P[start + k]) < LARGEST
+            for k in range(j):
+                v += 2.0 * P[start + k] * x[j] * x[k]
+            v += P[start + j] * x[j] * x[j]
+    return max(v, 0.0), unfit == 0
 
 
 @njit(cache=True, error_model="numpy")
 def _write_user(user, event, item_hash, z, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """The learned row, its counters and its ring of recent events."""
+    """The learned row."""
     d, P, row_d, row_P = s.d, s.P, user.d, user.P  # noqa: N806
     for j in range(d.shape[0]):
         row_d[j] = d[j]
     for k in range(P.shape[0]):
         row_P[k] = P[k]
-    at = user.count % user.ring_item.shape[0]
-    user.ring_item[at] = item_hash
-    user.ring_time_s[at] = event.time_ms // 1000
-    user.ring_event[at] = event.event_hash
-    user.ring_level[at] = event.level
-    user.ring_logit[at] = z
-    user.last_ms = max(user.last_ms, event.time_ms)
-    user.count += 1
-
-
-@njit(cache=True, error_model="numpy")
-def _write_item(item, window, r, e, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """Applies what was due, then adds this event to the sums of its window."""
-    delta, delta_var, info, total, w = item.delta, item.delta_var, item.delta_info, item.delta_sum, s.w
-    if item.window != window:
-        item.c, item.c_var = s.c, s.c_var
-        item.c_info = 0.0
-        item.c_sum = 0.0
-        for j in range(delta.shape[0]):
-            delta[j] = s.delta[j]
-            delta_var[j] = s.delta_var[j]
-            info[j] = 0.0
-            total[j] = 0.0
-        item.window = window
-        item.pending_count = 0
-    item.c_info += 1.0 / r
-    item.c_sum += e / r
-    for j in range(delta.shape[0]):
-        info[j] += w[j] * w[j] / r
-        total[j] += w[j] * e / r
-    item.pending_count += 1
-    item.count += 1
+    remember(user, event, item_hash, z)

@@ -1,0 +1,188 @@
+"""What the compiled rules share: encoding, items, the ring, screening and the readout, one event at a time.
+
+A rule's `step.py` calls these from compiled code of its own. All that a step touches is a record (θ's numbers, a user,
+an item, the event, the work space `s`): compiled code takes records by address, where a tuple of arrays costs a
+reference count for each array at every call. Records have the fields that `numbers_type` and `scratch_type` of the rule
+name; arithmetic is float64 and strictly sequential.
+
+Numba keeps compiled code under the age of the file that holds a loop, and does not see that this one changed: remove
+`__pycache__` then (`tests/conftest.py` does so for tests).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import numpy as np
+from numba import njit
+
+from stream_adapt.learner.rules.events import Array, Events, Scores
+from stream_adapt.models import SlowWeights
+from stream_adapt.record import Flag
+
+MS_PER_HOUR = 3_600_000.0
+#: A row's numbers stay below it, and so do an event's parts of the pending sums: float32 holds 10⁸ of them.
+LARGEST = 1e30
+#: Bits of Flag, as compiled code takes them.
+SCORE_ONLY, NAN_UNDONE = int(Flag.SCORE_ONLY), int(Flag.NAN_UNDONE)
+LATE, DUPLICATE = int(Flag.LATE), int(Flag.DUPLICATE)
+
+
+class Theta(NamedTuple):
+    """θ as compiled code reads it: a rule's numbers in one record, and the tables that events look things up in."""
+
+    numbers: Array  # [1] of the rule's `numbers_type`
+    item_vector: Array  # [n+1, D+1] of n known items, and a last row of zeros for all others
+    item_events: Array  # [n+1]
+    feature_vector: Array  # [F+1, D+1]; the last row, of zeros, keeps it from being empty
+
+    @classmethod
+    def of(cls, numbers: Array, weights: SlowWeights) -> Theta:
+        """A rule's numbers beside the tables of a loaded model."""
+        tables = (weights.item_vector, weights.item_events, weights.feature_vector)
+        return cls(numbers, *(np.concatenate([t, np.zeros((1, *t.shape[1:]), t.dtype)]) for t in tables))
+
+
+#: One event and what is said of it.
+EVENT_TYPE = np.dtype(
+    [(name, "<i8") for name in ("user", "item", "window", "time_ms", "level", "adaptations", "flags")]
+    + [(name, "<i8") for name in ("event_hash", "late_after_ms", "barred")]
+    + [(name, "<f8") for name in ("item_events", "score", "frozen", "updated", "uncertainty")]
+)
+
+
+def adapt_with(
+    compiled: Callable[..., None],
+    scratch: np.dtype[Any],
+    theta: Theta,
+    users: Array,
+    items: Array,
+    events: Events,
+    out: Scores,
+) -> None:
+    """Runs a rule's compiled loop over n events, with a work space of its own."""
+    seen = np.zeros(len(events.user), EVENT_TYPE)
+    for name in ("user", "item", "window", "time_ms", "level", "event_hash"):
+        seen[name] = getattr(events, name)
+    seen["late_after_ms"], seen["barred"] = events.screen
+    seen["item_events"] = theta.item_events[events.known]
+    compiled(
+        theta.numbers, users, items, seen, np.zeros(1, scratch),
+        events.known, theta.item_vector, events.content, events.content_vectors, events.prior, events.prior_vectors,
+        events.pointers, events.rows, events.weights, theta.feature_vector,
+    )  # fmt: skip
+    for name, column in zip(out._fields, out, strict=True):
+        column[:] = seen[name]
+
+
+@njit(cache=True, error_model="numpy")
+def encode(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    i, s, known, item_vector, content, content_vectors, prior, prior_vectors, pointers, rows, weights, feature_vector
+):
+    """Fills x̃ without the item's offset, with the item's bias under θ where x̃ has its 1, and the prior mean w₀."""
+    x0, w0 = s.x0, s.w0
+    for j in range(x0.shape[0]):
+        x0[j] = item_vector[known[i], j] + content_vectors[content[i], j]
+        w0[j] = prior_vectors[prior[i], j]
+    for k in range(pointers[i], pointers[i + 1]):
+        for j in range(x0.shape[0]):
+            x0[j] += weights[k] * feature_vector[rows[k], j]
+
+
+@njit(cache=True, error_model="numpy")
+def screened(user, event):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Flags that an event has for what its user's row remembers: late, duplicate."""
+    flags = 0
+    if user.count > 0 and event.time_ms < user.last_ms - event.late_after_ms:
+        flags |= LATE
+    if event.barred & DUPLICATE:
+        for k in range(user.ring_event.shape[0]):
+            if user.ring_event[k] == event.event_hash:
+                flags |= DUPLICATE
+    return flags
+
+
+@njit(cache=True, error_model="numpy")
+def sigmoid(z):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """1/(1 + exp(−z)) without overflow."""
+    if z >= 0.0:
+        return 1.0 / (1.0 + math.exp(-z))
+    return math.exp(z) / (1.0 + math.exp(z))
+
+
+@njit(cache=True, error_model="numpy")
+def read_out(theta, z, variance):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """p = σ(α z/√(1 + κ·variance) + β)."""
+    return sigmoid(theta.alpha * z / math.sqrt(1.0 + theta.kappa * variance) + theta.beta)
+
+
+@njit(cache=True, error_model="numpy")
+def read_item(item, window, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Fills Δc, δ and their variances as of the start of `window`.
+
+    They are rounded as `write_item` stores them: it makes no difference who is first to touch an item in a window.
+    """
+    c, c_var = float(item.c), float(item.c_var)
+    delta, delta_var, info, total = item.delta, item.delta_var, item.delta_info, item.delta_sum
+    due = item.pending_count > 0 and item.window != window
+    if due:
+        variance = 1.0 / (1.0 / c_var + item.c_info)
+        c = float(np.float32(c + variance * item.c_sum))
+        c_var = float(np.float32(variance))
+    s.c, s.c_var = c, c_var
+    for j in range(delta.shape[0]):
+        mean, variance = float(delta[j]), float(delta_var[j])
+        if due:
+            variance = 1.0 / (1.0 / variance + info[j])
+            mean = float(np.float32(mean + variance * total[j]))
+            variance = float(np.float32(variance))
+        s.delta[j] = mean
+        s.delta_var[j] = variance
+
+
+@njit(cache=True, error_model="numpy")
+def item_fits(r, e, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Whether the pending sums can hold 1/R, e/R, w²/R and w e/R."""
+    w, reach = s.w, 1.0
+    for j in range(w.shape[0]):
+        reach = max(reach, abs(w[j]))
+    return abs(e) < LARGEST and reach * max(reach, abs(e)) / r < LARGEST
+
+
+@njit(cache=True, error_model="numpy")
+def remember(user, event, item_hash, z):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Counts a learned event, and puts it into the ring of recent ones."""
+    at = user.count % user.ring_item.shape[0]
+    user.ring_item[at] = item_hash
+    user.ring_time_s[at] = event.time_ms // 1000
+    user.ring_event[at] = event.event_hash
+    user.ring_level[at] = event.level
+    user.ring_logit[at] = z
+    user.last_ms = max(user.last_ms, event.time_ms)
+    user.count += 1
+
+
+@njit(cache=True, error_model="numpy")
+def write_item(item, window, precision, pull, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Applies what was due, then adds this event's 1/R and e/R to the sums of its window."""
+    delta, delta_var, info, total, w = item.delta, item.delta_var, item.delta_info, item.delta_sum, s.w
+    if item.window != window:
+        item.c, item.c_var = s.c, s.c_var
+        item.c_info = 0.0
+        item.c_sum = 0.0
+        for j in range(delta.shape[0]):
+            delta[j] = s.delta[j]
+            delta_var[j] = s.delta_var[j]
+            info[j] = 0.0
+            total[j] = 0.0
+        item.window = window
+        item.pending_count = 0
+    item.c_info += precision
+    item.c_sum += pull
+    for j in range(delta.shape[0]):
+        info[j] += precision * w[j] * w[j]
+        total[j] += pull * w[j]
+    item.pending_count += 1
+    item.count += 1

@@ -1,0 +1,200 @@
+"""The gradient rule, one event at a time: one step of logistic regression with meta-learned rates, compiled.
+
+Rows are records of the slab, float32, and are written in place, if they can hold the numbers; arithmetic is float64 and
+strictly sequential, so that results do not depend on how a stream was cut into batches.
+
+With x̃ = [x + δ ; 1] and w = w₀ + d, everything with an index j learned in θ for each coordinate:
+
+    leak      γⱼ = exp(−(aⱼ + bⱼ·log(1 + Δt/1 h)))     dⱼ ← γⱼ dⱼ
+    read      z = b + c + Δc + ⟨w, x̃⟩    q = σ(z)       v_item = V_c + Σⱼ wⱼ² V_δⱼ
+    score     p = σ(α z / √(1 + κ v_item) + β)
+    learn     e = y_ℓ − q    dⱼ += ηⱼ x̃ⱼ e/N            N = 1, or normalized: 1 + q(1 − q) Σⱼ ηⱼ x̃ⱼ²
+    item      h = q(1 − q)   Σ h, Σ e (bias)            Σ w²h, Σ w e (offset), applied in a later window
+
+Sources: MAML (Finn et al. 2017, arXiv 1703.03400), of which only the head is adapted (ANIL, Raghu et al. 2020, arXiv
+1909.09157), with learned rates for each coordinate (Meta-SGD, Li et al. 2017, arXiv 1707.09835); the normalized step
+is NLMS (Nagumo and Noda 1967) for a logistic loss. The item's sums are of the same loss: gradient and curvature.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import cache
+from typing import Any
+
+import numpy as np
+from numba import njit
+
+from stream_adapt.learner.rules.compiled import (
+    LARGEST,
+    MS_PER_HOUR,
+    NAN_UNDONE,
+    SCORE_ONLY,
+    Theta,
+    adapt_with,
+    encode,
+    item_fits,
+    read_item,
+    read_out,
+    remember,
+    screened,
+    sigmoid,
+    write_item,
+)
+from stream_adapt.learner.rules.events import Array, Events, Scores
+from stream_adapt.models import SlowWeights
+
+
+def theta_of(weights: SlowWeights, *, normalized: bool) -> Theta:
+    """θ of a loaded model as the compiled code reads it."""
+    numbers = np.zeros(1, _numbers_type(len(weights.prior_variance), len(weights.level_scores)))
+    numbers["normalized"] = normalized
+    numbers["bias"], numbers["noise"] = weights.bias, weights.noise
+    numbers["alpha"], numbers["kappa"], numbers["beta"] = weights.readout
+    numbers["bias_variance"], numbers["offset_variance"] = weights.item_variance
+    numbers["leak_a"], numbers["leak_b"] = weights.leak
+    numbers["rates"], numbers["targets"] = weights.prior_variance, [sigmoid(s) for s in weights.level_scores.tolist()]
+    return Theta.of(numbers, weights)
+
+
+@cache
+def _numbers_type(width: int, levels: int) -> np.dtype[Any]:
+    """θ's numbers: b, σ², readout, an item's first variances; a, b, η `[D+1]` each, y `[L]`."""
+    single = ("bias", "noise", "alpha", "kappa", "beta", "bias_variance", "offset_variance")
+    arrays = [(name, "<f8", (width,)) for name in ("leak_a", "leak_b", "rates")]
+    single_fields = [("normalized", "<i8"), *((name, "<f8") for name in single)]
+    return np.dtype([*single_fields, *arrays, ("targets", "<f8", (levels,))])
+
+
+@cache
+def _scratch_type(width: int) -> np.dtype[Any]:
+    """Work space of one step.
+
+    x0, x: x̃ without and with the item's offset. w0, w, d: as in the equations, after the leak. g = η x̃. c, c_var,
+    delta, delta_var: the item's deviation from θ, with the pending sums of earlier windows applied.
+    """
+    of_width = [(name, "<f8", (width,)) for name in ("x0", "x", "w0", "w", "d", "g")]
+    of_item = [("delta", "<f8", (width - 1,)), ("delta_var", "<f8", (width - 1,)), ("c", "<f8"), ("c_var", "<f8")]
+    return np.dtype([*of_width, *of_item])
+
+
+def adapt(theta: Theta, users: Array, items: Array, events: Events, out: Scores) -> None:
+    """`step` for n events in order.
+
+    Args:
+        theta: slow weights.
+        users: slab of users, changed in place.
+        items: slab of items, changed in place.
+        events: encoded.
+        out: filled in.
+    """
+    adapt_with(_adapt, _scratch_type(users["d"].shape[1]), theta, users, items, events, out)
+
+
+@njit(cache=True, error_model="numpy", nogil=True)
+def _adapt(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    theta, users, items, events, scratch,
+    known, item_vector, content, content_vectors, prior, prior_vectors, pointers, rows, weights, feature_vector,
+):  # fmt: skip
+    """Encodes every event into the work space, and takes its step."""
+    s = scratch[0]
+    for i in range(events.shape[0]):
+        encode(
+            i, s, known, item_vector, content, content_vectors, prior, prior_vectors,
+            pointers, rows, weights, feature_vector,
+        )  # fmt: skip
+        step(theta[0], users[events[i].user], items[events[i].item], events[i], s)
+
+
+@njit(cache=True, error_model="numpy")
+def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Scores an event that is encoded in `s`, then learns from it if it carries a level."""
+    x0, x, w0, w, d = s.x0, s.x, s.w0, s.w, s.d
+    size = x.shape[0] - 1
+    c0 = x0[size]  # the item's bias under θ lies where x̃ has its 1
+    x0[size] = 1.0
+    read_item(item, event.window, s)
+    _leak(theta, user, event.time_ms, s)
+
+    z, v_item = theta.bias + c0 + s.c, s.c_var
+    for j in range(size + 1):
+        w[j] = w0[j] + d[j]
+        x[j] = x0[j] + (s.delta[j] if j < size else 0.0)
+        z += w[j] * x[j]
+        if j < size:
+            v_item += w[j] * w[j] * s.delta_var[j]
+
+    event.score = read_out(theta, z, v_item)
+    event.updated = event.score
+    event.frozen = _frozen(theta, event.item_events, c0, s)
+    event.uncertainty = math.sqrt(v_item)
+    event.flags = screened(user, event)
+    if event.level < 0:
+        event.flags |= SCORE_ONLY
+    elif event.flags & event.barred == 0:
+        q = sigmoid(z)
+        e, h = theta.targets[event.level] - q, q * (1.0 - q)
+        if _learn_user(theta, e, h, s) and item_fits(1.0, e, s):
+            z_new = z
+            for j in range(size + 1):
+                z_new += (w0[j] + d[j] - w[j]) * x[j]
+            event.updated = read_out(theta, z_new, v_item)
+            _write_user(user, event, item.hash, z, s)
+            write_item(item, event.window, h, e, s)
+        else:
+            event.flags |= NAN_UNDONE
+    event.adaptations = user.count
+
+
+@njit(cache=True, error_model="numpy")
+def _leak(theta, user, time_ms, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Fills d after the leak to the prior. A row that has learned nothing is at its prior already."""
+    d, row_d = s.d, user.d
+    if user.count == 0:
+        for j in range(d.shape[0]):
+            d[j] = 0.0
+        return
+    clock = math.log1p(max(0, time_ms - user.last_ms) / MS_PER_HOUR)
+    for j in range(d.shape[0]):
+        d[j] = math.exp(-(theta.leak_a[j] + theta.leak_b[j] * clock)) * row_d[j]
+
+
+@njit(cache=True, error_model="numpy")
+def _frozen(theta, item_events, c, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """The score of the same model without adaptation: d = 0, no offsets, the item's first variances."""
+    x0, w0 = s.x0, s.w0
+    size = x0.shape[0] - 1
+    seen = item_events / theta.noise
+    z = theta.bias + c
+    variance = 1.0 / (1.0 / theta.bias_variance + seen)
+    offset_var = 1.0 / (1.0 / theta.offset_variance + seen)
+    for j in range(size + 1):
+        z += w0[j] * x0[j]
+        if j < size:
+            variance += w0[j] * w0[j] * offset_var
+    return read_out(theta, z, variance)
+
+
+@njit(cache=True, error_model="numpy")
+def _learn_user(theta, e, h, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """d += η x̃ e/N in the work space; whether a row can hold it."""
+    d, x, g, rates = s.d, s.x, s.g, theta.rates
+    power = 0.0
+    for j in range(d.shape[0]):
+        g[j] = rates[j] * x[j]
+        power += g[j] * x[j]
+    gain = e / (1.0 + h * power) if theta.normalized else e
+    unfit = 0
+    for j in range(d.shape[0]):
+        d[j] += gain * g[j]
+        unfit += not abs(d[j]) < LARGEST  # NaN compares false
+    return unfit == 0
+
+
+@njit(cache=True, error_model="numpy")
+def _write_user(user, event, item_hash, z, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """The learned row."""
+    d, row_d = s.d, user.d
+    for j in range(d.shape[0]):
+        row_d[j] = d[j]
+    remember(user, event, item_hash, z)

@@ -1,0 +1,136 @@
+"""The last numbers of θ, σ² and the readout α, κ, β, fitted to what the rule says of events it was not trained on.
+
+Training predicts events that it also learns item vectors from, with items at rest and the covariance in full. Service
+does not: so after a training that stopped early, the rule itself goes over the events that follow, users cold and items
+learning, and these four numbers are moved to where its probabilities would have been most likely. What they moved by
+is applied to the training on everything. Platt's scaling (1999) is the case of α and β alone.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+from torch.nn.functional import binary_cross_entropy_with_logits
+
+from stream_adapt.learner.encoder import EncodingCache, FeatureReader, FittedFeature, event_pairs
+from stream_adapt.learner.rules import find
+from stream_adapt.learner.rules.events import Events, Scores
+from stream_adapt.meta.sequences import Log
+from stream_adapt.models import MODEL_FORMAT, LearnerSpec, Manifest, Model, SlowWeights
+
+Floats = npt.NDArray[np.float64]
+
+#: Factors on σ² that are tried: from half to eight times what training found.
+NOISE_FACTORS = tuple(2.0**k for k in (-1.0, -0.5, 0.0, 0.5, 1.0, 1.5, 2.0, 3.0))
+#: How far training may be off, as standard deviations of log σ², log α, log κ and β: what a few events cannot move far,
+#: thousands can.
+PRIOR = (0.5, 0.5, 2.0, 0.5)
+_ITERATIONS = 60
+
+
+class Correction(NamedTuple):
+    """What the numbers of θ are off by: factors on σ², α and κ, and what to add to β."""
+
+    noise: float = 1.0
+    alpha: float = 1.0
+    kappa: float = 1.0
+    beta: float = 0.0
+
+    def apply(self, weights: SlowWeights) -> SlowWeights:
+        """θ with corrected numbers."""
+        factors = np.array([self.alpha, self.kappa, 1.0], np.float32)
+        readout = weights.readout * factors + np.array([0.0, 0.0, self.beta], np.float32)
+        return msgspec.structs.replace(weights, noise=weights.noise * np.float32(self.noise), readout=readout)
+
+
+def fit(weights: SlowWeights, spec: LearnerSpec, fitted: tuple[FittedFeature, ...], log: Log) -> Correction:
+    """The most likely correction given events that θ was not trained on, in the order of time.
+
+    Raises:
+        ModelError, ValueError: never for a θ and a log that belong together.
+    """
+    targets = torch.from_numpy((log.levels >= spec.feedback.target_level).astype(np.float64))  # [n]
+    events = _encoded(weights, spec, fitted, log)
+    best, least = Correction(), float("inf")
+    for factor in NOISE_FACTORS:
+        z, variance = _linear(Correction(noise=factor).apply(weights), spec, events, log)
+        readout, loss = _readout(z, variance, targets, weights.readout)
+        loss += 0.5 * (np.log(factor) / PRIOR[0]) ** 2
+        if loss < least:
+            best, least = Correction(factor, *readout), loss
+    return best
+
+
+def _encoded(weights: SlowWeights, spec: LearnerSpec, fitted: tuple[FittedFeature, ...], log: Log) -> Events:
+    """Events of one partition, as the adapter encodes them."""
+    content = EncodingCache(FeatureReader(fitted, "item"), weights.feature_vector)
+    prior = EncodingCache(FeatureReader(fitted, "user"), weights.user_vector)
+    hashes, item = np.unique(log.items, return_inverse=True)
+    at = np.minimum(np.searchsorted(weights.item_hash, hashes), len(weights.item_hash) - 1)
+    known = np.where(weights.item_hash[at] == hashes, at, len(weights.item_hash))
+    pointers, rows, row_weights = event_pairs(FeatureReader(fitted, "event"), log.features)
+    content_index, prior_index = content.index(log.features), prior.index(log.features)
+    return Events(
+        user=np.unique(log.users, return_inverse=True)[1],
+        item=item,
+        partition=np.zeros(len(log), np.int32),
+        known=known[item],
+        window=np.arange(len(log)) // spec.window,
+        time_ms=log.times_ms,
+        level=log.levels,
+        content=content_index,
+        content_vectors=content.vectors,
+        prior=prior_index,
+        prior_vectors=prior.vectors + weights.prior_mean,
+        pointers=pointers,
+        rows=rows,
+        weights=row_weights,
+        event_hash=np.zeros(len(log), np.uint32),  # nothing is screened in a rehearsal
+    )
+
+
+def _linear(weights: SlowWeights, spec: LearnerSpec, events: Events, log: Log) -> tuple[Tensor, Tensor]:
+    """z and v + v_item `[n]` of every event before it was learned, all users and items at their start."""
+    plain = msgspec.structs.replace(weights, readout=np.array([1.0, 0.0, 0.0], np.float32))  # p = σ(z)
+    rule, model = find(spec.rule), Model(Manifest(MODEL_FORMAT, "", 0, "", spec, ()), plain)
+    users = np.zeros(int(events.user.max()) + 1, rule.user_layout(spec).dtype)
+    items = np.zeros(int(events.item.max()) + 1, rule.item_layout(spec).dtype)
+    for name, value in rule.first_user(model).items():
+        users[name] = value
+    seen = np.zeros(len(items))
+    seen[events.item] = np.append(weights.item_events, 0.0)[events.known] / np.float64(weights.noise[0])
+    bias_variance, offset_variance = weights.item_variance.astype(np.float64)
+    items["c_var"], items["delta_var"] = 1 / (1 / bias_variance + seen), (1 / (1 / offset_variance + seen))[:, None]
+    said = Scores.empty(len(log))
+    rule.compiled(model)(users, items, events, said)
+    return torch.logit(torch.from_numpy(said.score), eps=1e-12), torch.from_numpy(said.uncertainty).square()
+
+
+def _readout(
+    z: Tensor, variance: Tensor, targets: Tensor, trained: npt.NDArray[np.float32]
+) -> tuple[list[float], float]:
+    """Factors on α and κ and what to add to β; and the loss of all events, with what the prior adds."""
+    start = torch.from_numpy(trained.astype(np.float64))  # [3]
+    moved = torch.zeros(3, dtype=torch.float64, requires_grad=True)  # log α, log κ, β
+    scale = torch.tensor(PRIOR[1:], dtype=torch.float64)
+    optimiser = torch.optim.LBFGS([moved], max_iter=_ITERATIONS, line_search_fn="strong_wolfe")
+
+    def loss() -> Tensor:
+        alpha, kappa, beta = start[0] * moved[0].exp(), start[1] * moved[1].exp(), start[2] + moved[2]
+        logits = alpha * z * torch.rsqrt(1.0 + kappa * variance) + beta  # [n]
+        return binary_cross_entropy_with_logits(logits, targets, reduction="sum") + 0.5 * (moved / scale).square().sum()
+
+    def closure() -> Tensor:
+        optimiser.zero_grad()
+        value = loss() / len(z)
+        torch.autograd.backward(value)
+        return value
+
+    optimiser.step(closure)  # type: ignore[no-untyped-call]
+    alpha, kappa, beta = moved.detach().tolist()
+    return [float(np.exp(alpha)), float(np.exp(kappa)), beta], float(loss().detach())
