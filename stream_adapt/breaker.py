@@ -61,7 +61,8 @@ class Breaker:
             f"{self._reasons.total():,} of {seen:,} records were refused, more than input.breaker_share="
             f"{self._share:g} of input.breaker_window={self._window:,}: {reasons}; for example "
             f"{self._topics.events}[{letter.partition}]@{letter.offset}: {without_quotes(letter.detail)}. "
-            f"They are committed to {self._topics.dead_letters}, each once. To do: see `stream-adapt dead-letters list`, mend the "
-            "producers, start again (it goes on behind these records, and counts anew), then `stream-adapt dead-letters replay`; "
+            f"They are committed to {self._topics.dead_letters}, each once. To do: see `stream-adapt dead-letters "
+            "list`, mend the producers, start again (it goes on behind these records, and counts anew), then "
+            "`stream-adapt dead-letters replay`; "
             "or raise input.breaker_share"
         )
