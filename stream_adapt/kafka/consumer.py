@@ -6,7 +6,6 @@ record whose effect is not committed (reliability rules 1, 3 and 4).
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from stream_adapt.errors import KafkaRefused
+from stream_adapt.kafka import clients
 from stream_adapt.kafka.errors import describe, kafka_error
 from stream_adapt.record import Ints, Longs, RawBatch
 
@@ -78,7 +78,8 @@ class InputConsumer:
         self._ends: dict[int, int] = {}
         self._listener = listener
         self._leaving = False
-        self._consumer = Consumer(dict(properties), logger=_librdkafka_logger())
+        self._repeated = clients.Repeated()
+        self._consumer = clients.consumer(properties)
         self._consumer.subscribe([topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
 
     def poll(self, max_records: int, timeout_s: float) -> RawBatch:
@@ -259,7 +260,10 @@ class InputConsumer:
             self._ends[cast(int, message.partition())] = cast(int, message.offset())
             return
         self._refuse(error)
-        log.warning("consumer error", topic=message.topic(), partition=message.partition(), error=describe(error))
+        repeated = self._repeated.due(f"{message.partition()} {error.name()}")
+        if repeated is not None:
+            told = {"topic": message.topic(), "partition": message.partition(), "error": describe(error)}
+            log.warning("consumer error", **told, repeated=repeated)
 
     def _refuse(self, error: KafkaError | None) -> None:
         if error is not None and error.code() in _REFUSED:
@@ -303,7 +307,3 @@ def generation(metadata: bytes) -> int:
             "the installed librdkafka; install confluent-kafka as constraints.txt pins it"
         )
     return int.from_bytes(metadata[len(magic) : len(magic) + 4], "little", signed=True)
-
-
-def _librdkafka_logger() -> logging.Logger:
-    return logging.getLogger("librdkafka")
