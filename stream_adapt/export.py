@@ -20,7 +20,7 @@ from stream_adapt.config import Config
 from stream_adapt.errors import ConfigError, StateMismatch
 from stream_adapt.inspection import Progress, applied, changelog_partitions, diagonal, read_through
 from stream_adapt.kafka.changelog import ChangelogReader, Records
-from stream_adapt.learner.rules.kalman.layout import item_layout, user_layout
+from stream_adapt.learner import rules
 from stream_adapt.models import LearnerSpec
 from stream_adapt.restore import load
 from stream_adapt.state.row import CONTROL_KEY, PREFIX, ControlRow, Kind, RowError
@@ -102,7 +102,7 @@ def _table(kind: RowKind, spec: LearnerSpec, folder: Path) -> Table:
     def nothing(_slab: npt.NDArray[Any], _slots: npt.NDArray[np.int64], _ids: object) -> None:
         """Rows are loaded, never started."""
 
-    return Table(user_layout(spec) if kind == "users" else item_layout(spec), nothing, folder)
+    return Table(rules.user_layout(spec) if kind == "users" else rules.item_layout(spec), nothing, folder)
 
 
 def _restore(
@@ -170,9 +170,16 @@ def _users(pyarrow: Any, rows: npt.NDArray[Any]) -> dict[str, Any]:
     return {
         "last_ms": rows["last_ms"],
         "d": _matrix(pyarrow, rows["d"]),
-        "variance": _matrix(pyarrow, diagonal(rows["P"], width).astype(np.float32)),
+        "variance": _variances(pyarrow, rows, width),
         **{name: of_ring(name) for name in ("ring_item", "ring_time_s", "ring_event", "ring_level", "ring_logit")},
     }
+
+
+def _variances(pyarrow: Any, rows: npt.NDArray[Any], width: int) -> Any:
+    """Of each coordinate; null where the rule keeps none."""
+    if "P" not in (rows.dtype.names or ()):
+        return pyarrow.nulls(len(rows), pyarrow.list_(pyarrow.float32()))
+    return _matrix(pyarrow, diagonal(rows["P"], width).astype(np.float32))
 
 
 def _items(pyarrow: Any, rows: npt.NDArray[Any]) -> dict[str, Any]:

@@ -24,7 +24,7 @@ from stream_adapt.config import Config
 from stream_adapt.errors import ConfigError, ModelError
 from stream_adapt.kafka import clients, properties
 from stream_adapt.kafka.changelog import ChangelogReader, Records
-from stream_adapt.learner.rules.kalman.layout import item_layout, user_layout
+from stream_adapt.learner import rules
 from stream_adapt.models import LearnerSpec, Model
 from stream_adapt.state.row import CONTROL_KEY, PREFIX, ControlRow, Kind, fingerprint_of
 
@@ -89,7 +89,7 @@ class ShownRow(msgspec.Struct):
     count: int
     last_event: str | None  # ISO 8601, UTC
     deviation: list[float]  # [D+1] fast weights less their prior, w − w₀, as of the last event; the last is the bias
-    deviation_sd: list[float]  # [D+1] √ of P's diagonal
+    deviation_sd: list[float] | None  # [D+1] √ of P's diagonal; None: the rule keeps no variance
     prior_mean: list[float] | None  # [D+1] m₀, which user attributes add to; None: no model
     weights: list[float] | None  # [D+1] m₀ + deviation; None: no model, or user attributes add to m₀
     events: list[RingEvent]  # the newest first
@@ -230,43 +230,46 @@ def _model(config: Config, notes: list[str]) -> Model | None:
 def _row(partition: int, value: bytes, model: Model | None, notes: list[str]) -> tuple[Any, LearnerSpec] | None:
     """The row, and what its form is: the model's, or else one that fits."""
     spec = model.spec if model else None
-    if spec is None or user_layout(spec).fingerprint != fingerprint_of(value):
+    if spec is None or rules.user_layout(spec).fingerprint != fingerprint_of(value):
         if spec is not None:
             notes.append(f"partition {partition}: the row is of another model than the one of model.path")
         spec = _recognised(value)
     if spec is None:
         notes.append(f"partition {partition}: there is a row, of a form that this release does not know")
         return None
-    return user_layout(spec).from_bytes(value)[0], spec
+    return rules.user_layout(spec).from_bytes(value)[0], spec
 
 
 def _recognised(value: bytes) -> LearnerSpec | None:
     """The sizes of a row whose model is not at hand: its layout's fingerprint tells them."""
     for ring in _RINGS:
         for dimension in _DIMENSIONS:
-            for covariance in ("diagonal", "full"):
-                spec = LearnerSpec(covariance=covariance, dimension=dimension, ring=ring)
-                if abs(_least_bytes(spec) - len(value)) < _SLACK_BYTES:
-                    layout = user_layout(spec)
-                    if layout.fingerprint == fingerprint_of(value):
-                        return spec
+            for settings in _FORMS:
+                spec = LearnerSpec(dimension=dimension, ring=ring, **settings)
+                near = abs(_least_bytes(spec) - len(value)) < _SLACK_BYTES
+                if near and rules.user_layout(spec).fingerprint == fingerprint_of(value):
+                    return spec
     return None
 
 
+#: Settings that rows' forms differ in, beside their sizes.
+_FORMS: tuple[dict[str, Any], ...] = ({"covariance": "diagonal"}, {"covariance": "full"}, {"rule": "gradient"})
 #: Header, checksum and gaps of a row's value, at most.
 _SLACK_BYTES = 48
 
 
 def _least_bytes(spec: LearnerSpec) -> int:
     width = spec.dimension + 1
-    return 12 + 4 * width + 4 * (width if spec.covariance == "diagonal" else width * (width + 1) // 2) + 21 * spec.ring
+    variances = 0 if spec.rule == "gradient" else width if spec.covariance == "diagonal" else width * (width + 1) // 2
+    return 12 + 4 * width + 4 * variances + 21 * spec.ring
 
 
 def _shown(partition: int, row: Any, spec: LearnerSpec, found: _Found, items: _Found, model: Model | None) -> ShownRow:
     control = ControlRow.from_bytes(found.values[CONTROL_KEY]) if CONTROL_KEY in found.values else None
-    same = model is not None and user_layout(model.spec).fingerprint == user_layout(spec).fingerprint
+    same = model is not None and rules.user_layout(model.spec).fingerprint == rules.user_layout(spec).fingerprint
     model = model if same else None
     count, deviation = int(row["count"]), row["d"].astype(np.float64)
+    variance = diagonal(row["P"], len(deviation)) if "P" in row.dtype.names else None
     names = {_hash_of(key): key[2:].decode(errors="backslashreplace") for key in items.values}
     events = [_event(row, at, names, model) for at in ring_order(count, spec.ring)[::-1]]
     prior = model.weights.prior_mean.astype(np.float64) if model else None
@@ -279,7 +282,7 @@ def _shown(partition: int, row: Any, spec: LearnerSpec, found: _Found, items: _F
         count,
         _time(int(row["last_ms"])) if count else None,
         _rounded(deviation),
-        _rounded(np.sqrt(np.maximum(diagonal(row["P"], len(deviation)), 0.0))),
+        _rounded(np.sqrt(np.maximum(variance, 0.0))) if variance is not None else None,
         _rounded(prior) if prior is not None else None,
         _rounded(prior + deviation) if prior is not None and not attributes else None,
         events,
@@ -329,7 +332,7 @@ def applied(items: npt.NDArray[Any]) -> tuple[Floats, Floats, Floats, Floats]:
 
 def _item_rows(items: _Found, spec: LearnerSpec) -> dict[int, tuple[float, Floats]]:
     """By hash: Δc and δ of an item of the shard."""
-    layout = item_layout(spec)
+    layout = rules.item_layout(spec)
     values = [value for key, value in items.values.items() if key.startswith(PREFIX[Kind.ITEM])]
     rows, intact = layout.from_values(values)
     rows = rows[intact]
@@ -407,10 +410,11 @@ def _row_tables(row: ShownRow) -> list[RenderableType]:
     weights = RichTable(title="fast weights: deviation from the prior", title_justify="left")
     for name in ("coordinate", "deviation", "± sd", "prior", "weight"):
         weights.add_column(name, justify="right")
-    for j, (d, sd) in enumerate(zip(row.deviation, row.deviation_sd, strict=True)):
+    for j, d in enumerate(row.deviation):
+        sd = f"{row.deviation_sd[j]:.4f}" if row.deviation_sd else ""
         prior = f"{row.prior_mean[j]:.4f}" if row.prior_mean else ""
         weight = f"{row.weights[j]:.4f}" if row.weights else ""
-        weights.add_row("bias" if j == len(row.deviation) - 1 else str(j), f"{d:.4f}", f"{sd:.4f}", prior, weight)
+        weights.add_row("bias" if j == len(row.deviation) - 1 else str(j), f"{d:.4f}", sd, prior, weight)
     ring = RichTable(title="last events, the newest first", title_justify="left")
     for name in ("time", "item", "level", "logit"):
         ring.add_column(name)
