@@ -151,7 +151,7 @@ class ScriptedBroker:
         self._ended: dict[str, bool] = {}  # how the last transaction ended: committed?
         self._late: list[tuple[str, int]] = []  # EndTxn under way for a second time: id, epoch
         self._slow_markers = False
-        self._unmarked: list[Written] = []  # committed, and the markers are under way
+        self._unmarked: dict[str, list[Written]] = {}  # committed, and the markers are under way
 
     def client(self, settings: Mapping[str, Any], **_: Any) -> ScriptedClient:
         """Stands where `confluent_kafka.Producer` does."""
@@ -159,7 +159,7 @@ class ScriptedBroker:
 
     def committed(self, topic: str) -> list[Written]:
         """The records of a topic as a reader under read_committed sees them, in order."""
-        self._write_markers()
+        self._write_all_markers()
         return [record for record in self.log if record.topic == topic and record.committed]
 
     @property
@@ -191,7 +191,7 @@ class ScriptedBroker:
 
     def pass_time(self, record: Written) -> None:
         """Until the transaction of an open record has an outcome: its markers are written, or it times out."""
-        self._write_markers()
+        self._write_all_markers()
         if record.open:
             self._expire(next(name for name, open_ in self._open.items() if any(record is r for r in open_.records)))
 
@@ -199,7 +199,7 @@ class ScriptedBroker:
 
     def init(self, name: str) -> int:
         """A new epoch; what the former one left open is aborted."""
-        self._write_markers()  # a transaction that is being ended is waited for
+        self._write_markers(name)  # a transaction that is being ended is waited for
         self._drop(name)
         self._epochs[name] += 1
         return self._epochs[name]
@@ -231,9 +231,9 @@ class ScriptedBroker:
             return
         del self._open[name]
         self.offsets.update(transaction.offsets)
-        self._unmarked += transaction.records
+        self._unmarked[name] = transaction.records
         if not self._slow_markers:
-            self._write_markers()
+            self._write_markers(name)
 
     @contextmanager
     def slow_markers(self) -> Iterator[None]:
@@ -246,7 +246,7 @@ class ScriptedBroker:
 
     def begin(self, name: str, epoch: int) -> None:
         """The client library begins a transaction by itself; the broker hears of it with the first record."""
-        self._write_markers()  # those of the transaction before it are waited for
+        self._write_markers(name)  # those of the transaction before it are waited for
         self._open[name] = _Transaction(epoch)
 
     def repeat_end(self, name: str, epoch: int) -> None:
@@ -283,10 +283,13 @@ class ScriptedBroker:
         for record in transaction.records if transaction else ():
             record.mark(committed=False)
 
-    def _write_markers(self) -> None:
-        for record in self._unmarked:
+    def _write_markers(self, name: str) -> None:
+        for record in self._unmarked.pop(name, ()):
             record.mark(committed=True)
-        self._unmarked.clear()
+
+    def _write_all_markers(self) -> None:
+        for name in list(self._unmarked):
+            self._write_markers(name)
 
 
 class ScriptedClient:
