@@ -223,6 +223,7 @@ def log_offsets(
                 raise KafkaRefused(
                     f"{partitions[0].topic}: {describe(found)}. To do: {_REFUSED[found.code()]}"
                 ) from error
+            _refuse_missing(admin, partitions)
             if time.monotonic() > deadline:
                 raise KafkaRefused(
                     f"{partitions[0].topic}: no log offsets within {deadline_s:.0f} s: {found and describe(found)}"
@@ -230,6 +231,25 @@ def log_offsets(
             time.sleep(_BETWEEN_TRIES_S)
         finally:
             clients.tell(admin)
+
+
+def _refuse_missing(admin: AdminClient, partitions: list[TopicPartition]) -> None:
+    """There is no use in waiting for partitions that are not there.
+
+    Raises:
+        KafkaRefused: the topic has fewer partitions.
+    """
+    topic, last = partitions[0].topic, max(tp.partition for tp in partitions)
+    try:
+        found = admin.list_topics(topic, timeout=_REQUEST_TIMEOUT_S).topics[topic].partitions
+    except KafkaException:
+        return  # the caller tries again
+    if found and last not in found:
+        raise KafkaRefused(
+            f"{topic} has {len(found)} partitions, and the rows of partition {last} are asked for: if partitions were "
+            "added to the input topic, users have moved to other shards and their rows have not. To do: start anew "
+            "with an app.name and topics of its own"
+        )
 
 
 def check_changelog(admin: AdminClient, topic: str, row_bytes: int) -> None:

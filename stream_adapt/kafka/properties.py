@@ -17,6 +17,10 @@ _RESTORE_PREFETCH_KBYTES = 16_384
 SOCKET_TIMEOUT_MS = 10_000
 
 
+#: What a consumer's settings say of its group starts with one of these; the client library checks them against each other.
+_MEMBERSHIP = ("group.", "max.poll.", "session.", "heartbeat.", "partition.assignment.")
+
+
 def common(config: Config) -> dict[str, Scalar]:
     """Every client's: where the brokers are, who we are, and what the operator passes through."""
     return {
@@ -70,7 +74,7 @@ def changelog_reader(config: Config) -> dict[str, Scalar]:
         "queued.max.messages.kbytes": _RESTORE_PREFETCH_KBYTES,
         "fetch.queue.backoff.ms": 10,
         **common(config),
-        **{k: v for k, v in resolve_secrets(config.kafka.consumer).items() if not k.startswith("group.")},
+        **{k: v for k, v in resolve_secrets(config.kafka.consumer).items() if not k.startswith(_MEMBERSHIP)},
         "group.id": config.group_id,
         "group.protocol": "classic",
         "enable.auto.commit": False,
