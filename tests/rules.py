@@ -13,7 +13,7 @@ class Rule(NamedTuple):
 
 
 _SCRIPTS = "crash/test_scripts.py::test_any_script_is_survived_however_batches_are_cut"
-_WITHOUT = "crash/test_rules.py::test_without_a_rule_a_script_ends_badly"
+_WITHOUT = "crash/test_without_rules.py::test_without_a_rule_a_script_ends_badly"
 
 RULES = (
     Rule(
@@ -51,7 +51,7 @@ RULES = (
         "committed. Fenced twice: exit 4.",
         (
             _WITHOUT,
-            "crash/test_rules.py::test_a_member_that_is_fenced_twice_steps_back",
+            "crash/test_without_rules.py::test_a_member_that_is_fenced_twice_steps_back",
             "unit/test_kafka_errors.py::test_every_error_with_every_flags_has_its_consequence",
             "unit/test_commit.py::test_an_abort_that_fails_ends_with_a_new_producer_and_a_look",
             "broker/test_loop.py::test_two_instances_with_one_transactional_id_one_survives",
@@ -73,7 +73,7 @@ RULES = (
         "An output that the broker refuses for good is found by its source and dead-lettered, without payload if that "
         "is what does not fit.",
         (
-            "crash/test_rules.py::test_an_output_that_is_too_large_becomes_a_dead_letter_and_the_stream_goes_on",
+            "crash/test_without_rules.py::test_an_output_that_is_too_large_becomes_a_dead_letter_and_the_stream_goes_on",
             "broker/test_loop.py::test_an_output_that_the_broker_refuses_for_good_becomes_a_dead_letter",
         ),
     ),
