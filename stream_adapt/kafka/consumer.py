@@ -27,7 +27,7 @@ Properties = Mapping[str, str | int | float | bool]
 
 #: A broker round trip during a rebalance is given up after this.
 CALL_TIMEOUT_S = 10.0
-#: Calls that answer a rebalance are tried again until then; below the default max.poll.interval.ms of 300 s.
+#: Calls that answer a rebalance are tried again until then; below max.poll.interval.ms.
 REBALANCE_DEADLINE_S = 60.0
 _BETWEEN_TRIES_S = 0.2
 

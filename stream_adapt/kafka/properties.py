@@ -17,7 +17,11 @@ _RESTORE_PREFETCH_KBYTES = 16_384
 SOCKET_TIMEOUT_MS = 10_000
 
 
-#: What a consumer's settings say of its group starts with one of these; the client library checks them against each other.
+#: A poll comes at least so often: producers and rebalances may each take a minute. It is also how long a rebalance
+#: waits for a member that is gone without the broker having noticed, as after some restarts of a coordinator.
+_POLL_INTERVAL_MS = 120_000
+#: What a consumer's settings say of its group starts with one of these; the client library checks them against each
+#: other.
 _MEMBERSHIP = ("group.", "max.poll.", "session.", "heartbeat.", "partition.assignment.")
 
 
@@ -40,6 +44,7 @@ def consumer(config: Config) -> dict[str, Scalar]:
     return {
         "queued.max.messages.kbytes": _PREFETCH_KBYTES,
         "fetch.queue.backoff.ms": 10,
+        "max.poll.interval.ms": max(_POLL_INTERVAL_MS, config.kafka.session_timeout_ms),
         **common(config),
         **resolve_secrets(config.kafka.consumer),
         "group.id": config.group_id,

@@ -106,9 +106,7 @@ class Stream:
         }
         return self.app.config(instance, kafka=settings, input={"max_batch": 200, "latency_ms": 20})
 
-    def start(
-        self, instance: str = "0", command: Sequence[str] = RUN, **kafka: Any
-    ) -> subprocess.Popen[bytes]:
+    def start(self, instance: str = "0", command: Sequence[str] = RUN, **kafka: Any) -> subprocess.Popen[bytes]:
         return self.app.start(config=self.config(instance, **kafka), command=command)
 
     def running(self, members: int) -> None:
