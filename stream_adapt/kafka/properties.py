@@ -17,7 +17,7 @@ _RESTORE_PREFETCH_KBYTES = 16_384
 SOCKET_TIMEOUT_MS = 10_000
 
 
-#: What a consumer's settings say of its group starts with one of these; the client library checks them against each other.
+#: What a consumer's settings say of its group starts with one of these; the client checks them against each other.
 _MEMBERSHIP = ("group.", "max.poll.", "session.", "heartbeat.", "partition.assignment.")
 
 
