@@ -197,7 +197,7 @@ FAULTS = (
     Fault(
         "clock jumps",
         "SettableClock",
-        "crash/test_rules.py::test_a_clock_that_jumps_changes_nothing_but_the_time_of_scoring",
+        "crash/test_without_rules.py::test_a_clock_that_jumps_changes_nothing_but_the_time_of_scoring",
     ),
     Fault("hot user", "nine of ten events are hers", f"{_FAULTS}a_hot_user_is_one_user_among_others"),
     Fault("SIGTERM during a commit", "Hold EndTxn", f"{_FAULTS}sigterm_during_a_commit_finishes_it"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 
 import generate
@@ -28,7 +29,8 @@ def _collected() -> dict[str, set[str]]:
     """Every test that pytest finds in the files of the tables: path and name → its parameters."""
     paths = sorted({test.partition("::")[0] for test in NAMED})
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--no-header", *paths]
-    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, check=True, timeout=120)
+    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:]
     found: dict[str, set[str]] = {}
     for line in done.stdout.splitlines():
         test, _, parameters = line.removeprefix("tests/").partition("[")
@@ -49,3 +51,9 @@ def test_nothing_is_listed_twice() -> None:
     rows = [(flag.api, flag.error, flag.applied) for flag in FLAGS]
     assert len(set(names)) == len(names)
     assert len(set(rows)) == len(rows)
+
+
+def test_modules_have_names_of_their_own() -> None:
+    """Else pytest collects the first of two and stops at the second."""
+    names = Counter(path.name for path in TESTS.rglob("test_*.py"))
+    assert [] == [name for name, count in names.items() if count > 1]
