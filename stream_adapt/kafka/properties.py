@@ -20,8 +20,7 @@ SOCKET_TIMEOUT_MS = 10_000
 #: A poll comes at least so often: producers and rebalances may each take a minute. It is also how long a rebalance
 #: waits for a member that is gone without the broker having noticed, as after some restarts of a coordinator.
 _POLL_INTERVAL_MS = 120_000
-#: What a consumer's settings say of its group starts with one of these; the client library checks them against each
-#: other.
+#: What a consumer's settings say of its group starts with one of these; the client checks them against each other.
 _MEMBERSHIP = ("group.", "max.poll.", "session.", "heartbeat.", "partition.assignment.")
 
 

@@ -10,7 +10,7 @@ from stream_adapt.cli import main
 from stream_adapt.decode import Decoder
 from stream_adapt.record import Batch, DeadLetter, RawBatch, Source
 
-SLOW_S = 7.0
+SLOW_S = 6.0
 
 
 class SlowDecoder(Decoder):
