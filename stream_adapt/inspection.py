@@ -420,6 +420,7 @@ def _row_tables(row: ShownRow) -> list[RenderableType]:
         ring.add_column(name)
     for event in row.events:
         item = event.item_id if event.item_id is not None else f"#{event.item_hash}"
+        item += " (not in the model)" if event.known is False else ""
         ring.add_row(event.time, Text(_printable(item)), event.level_name or str(event.level), f"{event.logit:.4f}")
     shown: list[RenderableType] = [Text(head), weights, ring]
     if row.contributions:

@@ -131,7 +131,7 @@ def note(message: str) -> None:
 def _renderer(section: LogSection) -> structlog.typing.Processor:
     if section.format == "json":
         return structlog.processors.JSONRenderer()
-    return structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
+    return structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)
 
 
 def _without_secrets(_logger: Any, _method: str, line: Any) -> Any:

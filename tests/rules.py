@@ -67,6 +67,7 @@ RULES = (
         (
             _WITHOUT,
             "broker/test_faults.py::test_a_late_end_of_a_transaction_does_not_meet_the_next_one",
+            "unit/test_coordinator_watch.py::test_a_request_of_the_coordinator_left_without_an_answer_moves_it",
             "broker/test_output_producer.py::test_after_a_cut_connection_the_next_transaction_wants_a_new_producer",
         ),
     ),
