@@ -61,7 +61,12 @@ class Positions:
 
 
 class InputConsumer:
-    """Reads one topic for a consumer group, in batches."""
+    """Reads one topic for a consumer group, in batches.
+
+    Committed offsets are asked for by a second client, which is no member. Kafka answers a connection's requests in
+    order, and a JoinGroup is answered when all members have joined: behind it, on the group's own connection, the
+    answer would wait for members that may be waiting for us, until the rebalance runs out of time.
+    """
 
     def __init__(
         self,
@@ -79,6 +84,7 @@ class InputConsumer:
         self._listener = listener
         self._leaving = False
         self._repeated = clients.Repeated()
+        self._lookup = clients.consumer(properties)
         self._consumer = clients.consumer(properties)
         self._consumer.subscribe([topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
 
@@ -91,6 +97,7 @@ class InputConsumer:
         Raises:
             KafkaRefused: the topic, the group or the position cannot be read; says what to do.
         """
+        self._lookup.poll(0)  # reads nothing; its log lines come out
         try:
             messages = self._consumer.consume(max_records, timeout_s)
         except KafkaException as error:
@@ -150,7 +157,7 @@ class InputConsumer:
             KafkaRefused: no answer within the deadline.
         """
         asked = [TopicPartition(self.topic, p) for p in partitions]
-        answer = self._until_answered("committed offsets", lambda: self._consumer.committed(asked, CALL_TIMEOUT_S))
+        answer = self._until_answered("committed offsets", lambda: self._lookup.committed(asked, CALL_TIMEOUT_S))
         return {tp.partition: tp.offset for tp in answer}
 
     def commit(self, next_offsets: Mapping[int, int]) -> None:
@@ -180,6 +187,7 @@ class InputConsumer:
         """Leaves the group."""
         self._leaving = True
         self._consumer.close()
+        self._lookup.close()
 
     # Rebalances. No work is in flight here: a batch is committed or aborted before the next poll.
 
