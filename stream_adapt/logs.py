@@ -146,7 +146,9 @@ def _traceback(exc_info: Any) -> str:
     )
 
 
-def _uncaught(kind: type[BaseException], error: BaseException | None, trace: TracebackType | None) -> None:
+def _uncaught(kind: type[BaseException], raised: object, trace: TracebackType | None) -> None:
+    # The Kafka client raises a bare KafkaError at times, which is no exception.
+    error = raised if isinstance(raised, BaseException) else kind(raised)
     if issubclass(kind, KeyboardInterrupt):
         return
     if _state["json"]:

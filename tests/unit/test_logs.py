@@ -18,6 +18,7 @@ import structlog
 import yaml
 from bad_records import BAD_VALUES, FEATURES, THREE_STARS, good_event
 from click.testing import CliRunner
+from confluent_kafka import KafkaError, KafkaException
 
 from stream_adapt import config, logs
 from stream_adapt.breaker import Breaker
@@ -300,3 +301,11 @@ def test_every_client_is_made_in_one_place() -> None:
         names = {ast.unparse(call.func).rpartition(".")[2] for call in calls}
         made += [f"{name}: {found}" for found in names & {"Consumer", "Producer", "AdminClient"}]
     assert [] == made
+
+
+def test_what_is_raised_without_being_an_exception_is_told_as_a_bug(capsys: pytest.CaptureFixture[str]) -> None:
+    logs.configure(LogSection(format="json"))
+    sys.excepthook(KafkaException, KafkaError(KafkaError._TRANSPORT), None)  # type: ignore[arg-type]
+    told = json.loads(capsys.readouterr().err)
+    assert "bug" == told["event"]
+    assert "_TRANSPORT" in told["exception"]
