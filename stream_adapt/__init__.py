@@ -19,8 +19,10 @@ Around it:
     kafka/  errors                  consumer, producer, topics, a broker to try things on; what can go wrong
     repair                          when rows and offsets do not belong together: `stream-adapt state …`
     breaker  quarantine             when too much is refused; when a record kills the process
+    inspection  export              what is known of one user; all rows as Parquet
     dead_letters  erasure           what an operator does about refused records, and for a user who wants out
     config  logs  metrics  health   what an operator sets and sees
+    shutdown                        being told to stop
     cli  demo/  bench  evaluate/    commands, and what they measure: live, in speed, and in quality
     chaos/                          everything that goes wrong, on a real broker, and a count at the end
     river                           the learner as an estimator of River

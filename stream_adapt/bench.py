@@ -34,7 +34,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 import numpy as np
-from confluent_kafka import Producer, TopicPartition
+from confluent_kafka import TopicPartition
 
 from stream_adapt import service
 from stream_adapt.adapt import Adapter
@@ -44,7 +44,7 @@ from stream_adapt.datasets.source import STARS
 from stream_adapt.datasets.synthetic import Synthetic
 from stream_adapt.datasets.synthetic import events as synthetic_events
 from stream_adapt.decode import Decoder, event_struct
-from stream_adapt.kafka import properties
+from stream_adapt.kafka import clients, properties
 from stream_adapt.kafka.consumer import InputConsumer, RebalanceListener
 from stream_adapt.kafka.embedded import KAFKA_VERSION, EmbeddedKafka
 from stream_adapt.kafka.producer import OutputProducer
@@ -54,7 +54,8 @@ from stream_adapt.learner.encoder import Bag, Categorical, Feature, Numeric, fea
 from stream_adapt.models import LearnerSpec, RuleName, read_model
 from stream_adapt.record import Batch, Outputs, RawBatch, Score, UserEvent, UserId, Work
 from stream_adapt.restore import Slice
-from stream_adapt.runner import Observers, Pace, Shutdown
+from stream_adapt.runner import Observers, Pace
+from stream_adapt.shutdown import Shutdown
 from stream_adapt.state.row import ControlRow
 from stream_adapt.testing.model import random_model
 
@@ -228,7 +229,7 @@ def _events(count: int, users: str = "movielens-like") -> Iterator[UserEvent]:
 
 
 def _fill(config: Config, parameters: EndToEnd) -> None:
-    producer = Producer({**properties.common(config), "linger.ms": 20, "partitioner": "murmur2_random"})
+    producer = clients.producer({**properties.common(config), "linger.ms": 20, "partitioner": "murmur2_random"})
     for number, event in enumerate(_events(parameters.events, parameters.users)):
         producer.produce(config.topic("events"), msgspec.json.encode(event), event.user_id)
         if number % 10_000 == 0:
@@ -439,7 +440,7 @@ def _fill_changelog(config: Config, parameters: Restore) -> int:
     adapter = Adapter(read_model(config.model.path))
     layout = adapter.users.layout
     random = np.random.default_rng(0)
-    producer = Producer({**properties.common(config), "linger.ms": 20})
+    producer = clients.producer({**properties.common(config), "linger.ms": 20})
     topic = config.topic("changelog")
     chunk = 10_000
     for version in range(_VERSIONS):

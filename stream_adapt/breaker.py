@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Sequence
 
 from stream_adapt.errors import DeadLetterBreaker
+from stream_adapt.logs import without_quotes
 from stream_adapt.record import DeadLetter, RawBatch, TopicNames
 
 #: Reasons that the message gives, the most frequent first.
@@ -59,8 +60,9 @@ class Breaker:
         return (
             f"{self._reasons.total():,} of {seen:,} records were refused, more than input.breaker_share="
             f"{self._share:g} of input.breaker_window={self._window:,}: {reasons}; for example "
-            f"{self._topics.events}[{letter.partition}]@{letter.offset}: {letter.detail}. They are committed to "
-            f"{self._topics.dead_letters}, each once. To do: see `stream-adapt dead-letters list`, mend the producers, "
-            "start again (it goes on behind these records, and counts anew), then `stream-adapt dead-letters replay`; "
+            f"{self._topics.events}[{letter.partition}]@{letter.offset}: {without_quotes(letter.detail)}. "
+            f"They are committed to {self._topics.dead_letters}, each once. To do: see `stream-adapt dead-letters "
+            "list`, mend the producers, start again (it goes on behind these records, and counts anew), then "
+            "`stream-adapt dead-letters replay`; "
             "or raise input.breaker_share"
         )

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,7 @@ from stream_adapt import __version__
 from stream_adapt.errors import KafkaRefused, StreamAdaptError
 
 if TYPE_CHECKING:
+    from stream_adapt.config import Config
     from stream_adapt.repair import Plan
 
 #: As in `meta.objective`, which would import torch.
@@ -62,17 +64,19 @@ def run(config_path: Path | None, stop_after: int | None, as_json: bool) -> None
     The first signal finishes the batch, commits and leaves the group; a second one aborts and exits. With
     `delivery: exactly_once` scores, dead letters and offsets become visible in one Kafka transaction.
     """
-    from stream_adapt import config, logs, service
-    from stream_adapt.runner import Shutdown, StopAtOnce
+    from stream_adapt.shutdown import Shutdown, StopAtOnce
 
-    settings = config.load(config_path).config
-    logs.configure(settings.log)
-    with Shutdown().installed() as shutdown:
-        try:
-            _print(service.run(settings, shutdown, stop_after), as_json)
-        except StopAtOnce:
-            click.echo("stream-adapt: stopped at once; what is not committed will be done again", err=True)
-            sys.exit(128 + shutdown.signals[-1])
+    shutdown = Shutdown()
+    try:
+        with shutdown.installed():  # from here on: what is imported below takes seconds
+            from stream_adapt import service
+
+            _print(service.run(_settings(config_path), shutdown, stop_after), as_json)
+    except StopAtOnce:
+        from stream_adapt import logs
+
+        logs.note("stopped at once; what is not committed will be done again")
+        sys.exit(128 + shutdown.signals[-1])
 
 
 @cli.command("check-config")
@@ -109,12 +113,11 @@ def topics_create(config_path: Path | None, as_json: bool) -> None:
     Names come from `app.name` or `topics:`, counts from `topics.partitions` and `topics.replication`. Partitions
     are the unit of scale: at most that many members share the work. Choose generously, they cannot be taken back.
     """
-    from stream_adapt import config
     from stream_adapt.kafka import properties
     from stream_adapt.kafka.topics import create_topics
     from stream_adapt.service import topic_specs
 
-    settings = config.load(config_path).config
+    settings = _settings(config_path)
     outcomes = create_topics(properties.common(settings), topic_specs(settings))
     if as_json:
         found = {o.spec.name: {"status": str(o.status), "partitions": o.partitions} for o in outcomes}
@@ -144,9 +147,9 @@ def state_reset(config_path: Path | None, partitions: tuple[int, ...], yes: bool
     Writes a tombstone for every row and a control row at the committed offset, one transaction a shard. Stop all
     members first.
     """
-    from stream_adapt import config, repair
+    from stream_adapt import repair
 
-    _carry_out(repair.plan_reset(config.load(config_path).config, partitions), yes, as_json)
+    _carry_out(repair.plan_reset(_settings(config_path), partitions), yes, as_json)
 
 
 @state.command("accept-offset")
@@ -165,9 +168,9 @@ def state_accept_offset(config_path: Path | None, use: Literal["group", "rows"],
     With group, events between the two are learned twice, or not at all. With rows, nothing is lost or learned twice,
     as long as the input still holds it; scores in between are written again. Stop all members first.
     """
-    from stream_adapt import config, repair
+    from stream_adapt import repair
 
-    _carry_out(repair.plan_accept_offset(config.load(config_path).config, use), yes, as_json)
+    _carry_out(repair.plan_accept_offset(_settings(config_path), use), yes, as_json)
 
 
 def _carry_out(plan: Plan, yes: bool, as_json: bool) -> None:
@@ -177,6 +180,60 @@ def _carry_out(plan: Plan, yes: bool, as_json: bool) -> None:
         click.confirm("Do it?", abort=True, err=True)
     plan.apply()
     _print({"changes": plan.changes}, as_json)
+
+
+@state.command("show")
+@click.argument("user")
+@_config_option
+@_json_option
+def state_show(user: str, config_path: Path | None, as_json: bool) -> None:
+    """Show what is known of USER: events learned, fast weights, the last events, and what scores are made of.
+
+    Reads the whole changelog, as far as it is committed; members may run. A user whom no partition knows is an answer,
+    too: no rows, exit code 0. Item names come from the shard's items, levels and priors from the model.
+    """
+    from rich.console import Console
+
+    from stream_adapt import inspection
+
+    with _reading() as progress:
+        shown = inspection.show(_settings(config_path), user, progress)
+    _print(shown, as_json)
+    if not as_json:
+        Console().print(inspection.tables(shown))
+
+
+@state.command("export")
+@_config_option
+@click.option(
+    "--out", required=True, type=click.Path(dir_okay=False, path_type=Path), help="Parquet file; replaced if there."
+)
+@click.option("--kind", default="users", show_default=True, type=click.Choice(["users", "items"]), help="Whose rows.")
+@_json_option
+def state_export(config_path: Path | None, out: Path, kind: Literal["users", "items"], as_json: bool) -> None:
+    """Write the rows of all users, or items, to a Parquet file. Needs the extra `export`.
+
+    One line for each partition that has a row of the user or item; members may run. Ids stand in it as they are: mind
+    who gets the file.
+    """
+    from stream_adapt.export import export
+
+    with _reading() as progress:
+        exported = export(_settings(config_path), out, kind, progress)
+    _print(exported, as_json)
+    if not as_json:
+        click.echo(f"{exported.rows:,} {kind} in {exported.file}, {exported.bytes:,} bytes")
+
+
+@contextmanager
+def _reading() -> Iterator[Callable[[int, int], None]]:
+    """A bar on stderr, moved by offsets read and offsets in all."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("reading the changelog", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
 @state.command("erase")
@@ -191,13 +248,12 @@ def state_erase(user: str, config_path: Path | None, wait: bool, timeout: float,
     What the user's events before the request taught is dropped; events after it start a new row. Receipts go to the
     scores topic. The input log, dead letters, scores and what was learned about items are not touched: see the README.
     """
-    from stream_adapt import config
     from stream_adapt.erasure import erase
 
     def tell(erased: Any) -> None:
         click.echo(f"receipts: {len(erased.receipts)} of {len(erased.partitions)} partitions", err=True)
 
-    erased = erase(config.load(config_path).config, user, timeout if wait else None, tell)
+    erased = erase(_settings(config_path), user, timeout if wait else None, tell)
     _print(erased, as_json)
     if not as_json:
         click.echo(f"{erased.event_id} is written to {len(erased.partitions)} partitions")
@@ -230,11 +286,10 @@ def dead_letters_list(
 
     from rich.console import Console
 
-    from stream_adapt import config
     from stream_adapt import dead_letters as letters
 
     since_ms = letters.since_ms(since, datetime.now(UTC)) if since else None
-    found = letters.list_letters(config.load(config_path).config, letters.Filter(reasons), since_ms, limit)
+    found = letters.list_letters(_settings(config_path), letters.Filter(reasons), since_ms, limit)
     _print(found, as_json)
     if not as_json:
         Console().print(letters.table(found))
@@ -265,13 +320,12 @@ def dead_letters_replay(
     from rich.console import Console
     from rich.progress import Progress
 
-    from stream_adapt import config
     from stream_adapt import dead_letters as letters
 
     if as_json and not (yes or dry_run):
         raise click.UsageError("--json asks nothing: give --yes or --dry-run, too")
     wanted = letters.Filter(reasons, [letters.source_of(text) for text in offsets])
-    replayer = letters.Replayer(config.load(config_path).config, wanted, from_beginning=from_beginning)
+    replayer = letters.Replayer(_settings(config_path), wanted, from_beginning=from_beginning)
 
     progress = Progress(console=Console(stderr=True))
 
@@ -669,6 +723,15 @@ def chaos(as_json: bool, **options: Any) -> None:
         sys.exit(1)
 
 
+def _settings(config_path: Path | None) -> Config:
+    """The configuration of a command that talks to Kafka, and its log."""
+    from stream_adapt import config, logs
+
+    settings = config.load(config_path).config
+    logs.configure(settings.log)
+    return settings
+
+
 def _print(value: Any, as_json: bool) -> None:
     if as_json:
         click.echo(msgspec.json.encode(value).decode())
@@ -679,7 +742,9 @@ def main() -> None:
     try:
         sys.exit(cli(standalone_mode=False))
     except StreamAdaptError as error:
-        click.echo(f"stream-adapt: {error}", err=True)
+        from stream_adapt import logs
+
+        logs.say(error)
         sys.exit(error.exit_code)
     except click.ClickException as error:
         error.show()

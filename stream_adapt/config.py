@@ -6,6 +6,7 @@ from files (`{file: PATH}`, `{env: NAME}`), and are never printed.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import socket
@@ -46,7 +47,7 @@ OWNED_PROPERTIES = {
     "enable.partition.eof": "owned by the consumer",
 }
 #: Parts of a property's name that mark its value as a secret.
-_SECRET_PARTS = ("password", "passphrase", "secret", "key.pem", "oauthbearer.config")
+_SECRET_PARTS = ("password", "passphrase", "secret", "key.pem", "oauthbearer.config", "hash_key")
 #: Keys below `kafka:` that hold librdkafka properties.
 _PASSED_THROUGH = ("properties", "consumer", "producer")
 
@@ -193,6 +194,18 @@ class LogSection(_Section):
 
     level: Literal["debug", "info", "warning", "error"] = Field("info", description="Least severe line shown.")
     format: Literal["console", "json"] = Field("console", description="json: one object a line.")
+    hash_key: dict[Literal["env", "file"], str] | None = Field(
+        None,
+        description="{env: NAME} or {file: PATH}: key of the hashes that stand for user ids. Not set: another one in "
+        "every process, so that hashes of different members and runs cannot be compared.",
+    )
+
+    @field_validator("hash_key")
+    @classmethod
+    def _one_reference(cls, value: dict[str, str] | None) -> dict[str, str] | None:
+        if value is not None and len(value) != 1:
+            raise ValueError("{env: NAME} or {file: PATH}")
+        return value
 
 
 class Config(_Section):
@@ -324,22 +337,44 @@ def resolve_secrets(properties: Mapping[str, Any]) -> dict[str, Scalar]:
     Raises:
         ConfigError: the variable or file is not there; says which, never its content.
     """
-    return {name: _resolve(name, value) for name, value in properties.items()}
+    return {name: resolve_secret(f"kafka: {name}", value) for name, value in properties.items()}
 
 
-def _resolve(name: str, value: Any) -> Scalar:
+def resolve_secret(name: str, value: Any) -> Any:
+    """The same for one value, whose name is for the message. Secrets are remembered: `without_secrets`."""
+    found = _resolve(name, value)
+    if isinstance(value, Mapping) and _is_secret(name) and len(str(found)) >= _LEAST_SECRET:
+        _secrets.add(str(found))
+    return found
+
+
+def without_secrets(text: str) -> str:
+    """A text in which no secret stands that was resolved in this process, plainly or as JSON writes it."""
+    for secret in sorted(_secrets, key=len, reverse=True):
+        for written in (secret, json.dumps(secret)[1:-1], json.dumps(secret, ensure_ascii=False)[1:-1]):
+            text = text.replace(written, "(hidden)")
+    return text
+
+
+#: Values of the secrets that were resolved.
+_secrets: set[str] = set()
+#: Shorter ones would blank out half of a log, and are no secret for long.
+_LEAST_SECRET = 4
+
+
+def _resolve(name: str, value: Any) -> Any:
     if not isinstance(value, Mapping):
-        return value  # type: ignore[no-any-return]
+        return value
     if "env" in value:
         if value["env"] not in os.environ:
-            raise ConfigError(f"kafka: {name} refers to the environment variable {value['env']}, which is not set")
+            raise ConfigError(f"{name} refers to the environment variable {value['env']}, which is not set")
         return os.environ[value["env"]]
     try:
         return Path(value["file"]).read_text(encoding="utf-8").strip()
     except OSError as error:
-        raise ConfigError(f"kafka: {name} refers to {value['file']}: {error.strerror}") from error
+        raise ConfigError(f"{name} refers to {value['file']}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise ConfigError(f"kafka: {name} refers to {value['file']}, which is not UTF-8 text") from error
+        raise ConfigError(f"{name} refers to {value['file']}, which is not UTF-8 text") from error
 
 
 def _is_secret(name: str) -> bool:

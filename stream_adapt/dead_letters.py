@@ -29,7 +29,7 @@ from stream_adapt.config import Config
 from stream_adapt.decode import REASONS
 from stream_adapt.emit import HEADER_PREFIX, REPLAYS_HEADER, SCHEMA_HEADER
 from stream_adapt.errors import ConfigError, KafkaRefused
-from stream_adapt.kafka import properties
+from stream_adapt.kafka import clients, properties
 from stream_adapt.kafka.errors import describe, kafka_error
 from stream_adapt.kafka.reading import TopicReader
 from stream_adapt.record import Headers, Source
@@ -419,7 +419,7 @@ class Replayer:
         self._refused = self._refused or error
 
     def _producer(self) -> Producer:
-        producer = Producer({**self._settings, "transactional.id": self._transactional_id, "linger.ms": 5})
+        producer = clients.producer({**self._settings, "transactional.id": self._transactional_id, "linger.ms": 5})
         try:
             producer.init_transactions(_TRANSACTION_TIMEOUT_S)
         except KafkaException as error:

@@ -16,7 +16,7 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 from stream_adapt.config import Config
 from stream_adapt.emit import SCHEMA_HEADER
 from stream_adapt.errors import ConfigError, KafkaRefused
-from stream_adapt.kafka import properties
+from stream_adapt.kafka import clients, properties
 from stream_adapt.kafka.errors import describe, kafka_error
 from stream_adapt.kafka.reading import TopicReader
 from stream_adapt.record import ERASE, EraseRequest, Receipt, UserId
@@ -57,7 +57,7 @@ def erase(
         ends = {p: end for p, (_, end) in scores.ends(scores.partitions()).items()} if wait_s is not None else {}
         now_ms = time.time_ns() // 1_000_000
         request = EraseRequest(f"erase-{uuid.uuid4()}", UserId(user), ERASE, now_ms)
-        _write(Producer({**settings, "enable.idempotence": True}), topic, request, partitions)
+        _write(clients.producer({**settings, "enable.idempotence": True}), topic, request, partitions)
         erased = Erased(request.event_id, partitions, [], [])
         if wait_s is not None:
             scores.assign(ends)

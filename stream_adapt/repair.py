@@ -22,7 +22,7 @@ from confluent_kafka.admin import AdminClient
 from stream_adapt import service
 from stream_adapt.config import Config
 from stream_adapt.errors import ConfigError, KafkaRefused, StateMismatch
-from stream_adapt.kafka import properties
+from stream_adapt.kafka import clients, properties
 from stream_adapt.kafka.changelog import log_offsets
 from stream_adapt.kafka.errors import describe, kafka_error
 from stream_adapt.kafka.producer import OutputProducer, ProducerError
@@ -174,7 +174,7 @@ def _accept_rows(shards: Shards) -> Plan:
 
 
 def _look(config: Config, partitions: Collection[int] = ()) -> Shards:
-    admin = AdminClient(properties.common(config))
+    admin = clients.admin(properties.common(config))
     described = service.describe_topics(admin, config)
     events = described[config.topic("events")]
     there = range(min(len(events.partitions), len(described[config.topic("changelog")].partitions)))

@@ -22,6 +22,7 @@ import structlog
 
 from stream_adapt.errors import StateMismatch
 from stream_adapt.kafka.changelog import Records, Tail
+from stream_adapt.logs import pseudonym
 from stream_adapt.record import TopicNames
 from stream_adapt.state.row import CONTROL_KEY, PREFIX, ControlRow, Kind, NewerFormat, OtherLayout, RowError
 from stream_adapt.state.table import Table
@@ -304,14 +305,14 @@ def _load_one(
             else:
                 table.load(partition, [_id(key)], table.layout.from_bytes(value))
             return
-    raise RowError(f"key {key!r} is none of ours", "key")
+    raise RowError(f"key #{pseudonym(key or b'')} is none of ours", "key")
 
 
 def _id(key: bytes) -> str:
     try:
         return key[2:].decode()
     except UnicodeDecodeError as error:
-        raise RowError(f"key {key!r} is not UTF-8", "key") from error
+        raise RowError(f"key #{pseudonym(key)} is not UTF-8", "key") from error
 
 
 def _remove(table: Table, partition: int, key: bytes) -> None:

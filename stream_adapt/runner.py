@@ -20,12 +20,9 @@ Rebalances happen in polls alone, and nothing is in flight there.
 
 from __future__ import annotations
 
-import signal
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import contextmanager
-from dataclasses import dataclass, field
-from types import FrameType
+from dataclasses import dataclass
 from typing import Protocol
 
 import structlog
@@ -37,6 +34,7 @@ from stream_adapt.pipeline import Pipeline
 from stream_adapt.quarantine import Quarantine
 from stream_adapt.record import Outputs, RawBatch, Work
 from stream_adapt.restore import Slice, fingerprints
+from stream_adapt.shutdown import Shutdown
 from stream_adapt.state.row import ControlRow
 
 log = structlog.get_logger(__name__)
@@ -122,34 +120,6 @@ class Pace:
     max_batch: int = 16_384
     latency_s: float = 0.05
     stop_after_events: int | None = None
-
-
-@dataclass
-class Shutdown:
-    """Told by signals: the first asks for a stop after the batch, the second for one at once."""
-
-    asked: bool = False
-    signals: list[int] = field(default_factory=list)
-
-    def __call__(self, number: int, _frame: FrameType | None) -> None:
-        self.signals.append(number)
-        if self.asked:
-            raise StopAtOnce
-        self.asked = True
-
-    @contextmanager
-    def installed(self) -> Iterator[Shutdown]:
-        """SIGINT and SIGTERM lead here while the block runs."""
-        before = {number: signal.signal(number, self) for number in (signal.SIGINT, signal.SIGTERM)}
-        try:
-            yield self
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
-
-
-class StopAtOnce(BaseException):
-    """The second signal: what is under way is left to be aborted."""
 
 
 class Runner:

@@ -24,7 +24,7 @@ from stream_adapt.decode import Decoder, Limits
 from stream_adapt.emit import Emitter
 from stream_adapt.errors import ConfigError, KafkaRefused, StateFull
 from stream_adapt.health import Health, HealthServer
-from stream_adapt.kafka import properties
+from stream_adapt.kafka import clients, properties
 from stream_adapt.kafka.changelog import ChangelogReader, check_changelog
 from stream_adapt.kafka.consumer import InputConsumer, RebalanceListener
 from stream_adapt.kafka.errors import describe, kafka_error
@@ -38,7 +38,8 @@ from stream_adapt.pipeline import Pipeline
 from stream_adapt.quarantine import Quarantine
 from stream_adapt.record import Flag, TopicNames
 from stream_adapt.restore import Expected, Restorer
-from stream_adapt.runner import Observer, Observers, Pace, Runner, Shutdown
+from stream_adapt.runner import Observer, Observers, Pace, Runner
+from stream_adapt.shutdown import Shutdown
 from stream_adapt.state.row import Kind
 
 log = structlog.get_logger(__name__)
@@ -305,7 +306,7 @@ def check_topics(config: Config, row_bytes: int) -> str:
             answers.
     """
     topics = config.topic_names
-    admin = AdminClient(properties.common(config))
+    admin = clients.admin(properties.common(config))
     found = describe_topics(admin, config)
     events, changelog = found[topics.events], found[topics.changelog]
     if len(events.partitions) != len(changelog.partitions):
@@ -338,4 +339,6 @@ def describe_topics(admin: AdminClient, config: Config) -> dict[str, Any]:
                 f"{name}: {found and describe(found)} at {config.kafka.bootstrap_servers}. To do: "
                 "`stream-adapt topics create -c FILE`, or check kafka.bootstrap_servers and the principal's rights"
             ) from error
+        finally:
+            clients.tell(admin)
     return described

@@ -24,6 +24,9 @@ _STILL = "broker/test_faults.py::test_a_member_that_stood_still_past_a_timeout_g
 _WAY = "broker/test_faults.py::test_a_fault_on_the_way_to_the_broker_is_survived"
 _LOOP = "broker/test_loop.py::test_"
 _FAULTS = "broker/test_faults.py::test_"
+_RESTORE = "broker/test_restore.py::test_"
+_RECORDS = "broker/test_records.py::test_"
+_LONG = f"{_FAULTS}a_member_that_is_removed_during_a_long_batch_commits_nothing_of_it"
 
 FAULTS = (
     *(
@@ -68,7 +71,7 @@ FAULTS = (
     Fault("records late", "Hold past the transaction timeout", f"{_WAY}[records late past the transaction timeout]"),
     Fault("fetch answers late", "Delay at the response", f"{_WAY}[fetch answers late]"),
     Fault("heartbeats lost", "Drop past the session timeout", f"{_WAY}[heartbeats lost past the session timeout]"),
-    Fault("poll interval exceeded", "Hold the offsets", f"{_WAY}[poll interval exceeded]"),
+    Fault("offsets late", "Hold past the session timeout", f"{_WAY}[offsets late past the session timeout]"),
     Fault("connections cut", "Cut", f"{_WAY}[connections cut]"),
     Fault("connections reset", "Cut by reset", f"{_WAY}[connections reset]"),
     Fault("connections half-open", "HalfOpen", f"{_WAY}[connections half-open]"),
@@ -94,6 +97,30 @@ FAULTS = (
         "Hold EndTxn, SIGKILL, another instance, lift",
         f"{_FAULTS}an_output_under_way_when_its_member_was_killed_comes_too_late",
     ),
+    Fault(
+        "takeover while a commit's markers are under way",
+        "scripted: offsets are visible before records",
+        f"{_SCRIPT}[COMMIT-OVERTAKEN-3]",
+    ),
+    Fault(
+        "takeover while a transaction is open in the changelog",
+        "a producer of our own",
+        f"{_RESTORE}a_restore_waits_for_a_transaction_that_is_open_in_the_changelog",
+    ),
+    Fault(
+        "a transaction in the changelog that nobody ends",
+        "a producer of our own",
+        f"{_RESTORE}a_restore_that_does_not_advance_is_given_up_and_says_how_far_it_got",
+    ),
+    Fault(
+        "member removed during a long batch", "a decoder that sleeps past `max.poll.interval.ms`", f"{_LONG}[before]"
+    ),
+    Fault("revoke slower than its deadline", "the same, and another member joins meanwhile", f"{_LONG}[in the middle]"),
+    Fault(
+        "rebalance during a restore",
+        "the changelog is held open, another member joins",
+        f"{_RESTORE}a_rebalance_during_a_restore_cancels_it_and_every_event_has_one_score",
+    ),
     Fault("broker restarted, in order and by SIGKILL", "embedded Kafka", f"{_LOOP}a_restarted_broker_is_survived"),
     Fault("broker down for a minute", "SIGKILL", f"{_FAULTS}a_broker_that_is_down_for_a_minute_is_survived"),
     Fault(
@@ -113,7 +140,36 @@ FAULTS = (
         "DeleteRecords",
         f"{_FAULTS}a_committed_offset_that_retention_has_passed_is_refused",
     ),
-    Fault("partitions added", "CreatePartitions", f"{_FAULTS}events_in_partitions_that_were_added_are_scored"),
+    Fault("group offsets reset", "commit", f"{_RESTORE}a_run_with_rows_and_offsets_apart_exits_with_5"),
+    Fault(
+        "group offsets expired",
+        "DeleteGroups",
+        f"{_RESTORE}offsets_that_expired_are_refused_and_the_rows_know_them",
+    ),
+    Fault("partitions added", "CreatePartitions", f"{_FAULTS}partitions_that_were_added_are_refused"),
+    Fault("input topic recreated", "DeleteTopics", f"{_RESTORE}an_input_topic_that_was_made_anew_is_refused"),
+    Fault("changelog recreated", "DeleteTopics", f"{_RESTORE}a_changelog_that_was_deleted_is_refused"),
+    Fault(
+        "changelog of another form",
+        "configuration",
+        f"{_RESTORE}a_changelog_of_another_form_is_refused",
+    ),
+    Fault(
+        "changelog record corrupt",
+        "a producer of our own",
+        f"{_RESTORE}damaged_records_are_counted_and_the_last_good_version_stands",
+    ),
+    Fault(
+        "changelog record of a newer version",
+        "a producer of our own",
+        f"{_RESTORE}rows_of_a_newer_release_are_refused_until_a_later_record_replaces_them",
+    ),
+    Fault(
+        "changelog record of another model",
+        "configuration",
+        f"{_RESTORE}rows_of_another_model_are_refused_and_those_of_the_same_form_are_carried",
+    ),
+    Fault("disk of `state.dir` full", "`ulimit -f`", f"{_FAULTS}a_full_disk_stops_the_member_and_loses_nothing"),
     Fault("input topic missing", "configuration", f"{_LOOP}an_unknown_topic_is_refused_with_what_to_do"),
     Fault(
         "dead-letter topic missing",
@@ -122,13 +178,41 @@ FAULTS = (
     ),
     Fault("poison records", "every bad record there is", f"{_LOOP}every_bad_record_there_is_between_good_ones"),
     Fault(
+        "record that kills the process",
+        "SIGSEGV in the decoder",
+        f"{_RECORDS}a_record_that_kills_the_process_is_quarantined_and_the_stream_goes_on",
+    ),
+    Fault(
+        "a deploy gone wrong upstream",
+        "nothing but bad records",
+        f"{_RECORDS}too_many_dead_letters_stop_the_consumer_and_each_start_goes_on",
+    ),
+    Fault("duplicate event ids", "twice the same event", f"{_RECORDS}duplicates_and_late_events_are_treated_as_told"),
+    Fault("late events", "an old timestamp", f"{_RECORDS}duplicates_and_late_events_are_treated_as_told"),
+    Fault(
+        "erasure, crash, restore",
+        "SIGKILL while the proxy holds EndTxn's answer",
+        f"{_FAULTS}an_erased_user_stays_erased_whoever_dies_and_restores",
+    ),
+    Fault(
         "clock jumps",
         "SettableClock",
-        "crash/test_rules.py::test_a_clock_that_jumps_changes_nothing_but_the_time_of_scoring",
+        "crash/test_without_rules.py::test_a_clock_that_jumps_changes_nothing_but_the_time_of_scoring",
     ),
     Fault("hot user", "nine of ten events are hers", f"{_FAULTS}a_hot_user_is_one_user_among_others"),
     Fault("SIGTERM during a commit", "Hold EndTxn", f"{_FAULTS}sigterm_during_a_commit_finishes_it"),
     Fault("SIGTERM during a commit, twice", "Hold EndTxn", f"{_FAULTS}a_second_sigterm_during_a_commit_stops_at_once"),
+    Fault("SIGTERM during a restore", "the changelog is held open", f"{_FAULTS}sigterm_during_a_restore_ends_it"),
+    Fault(
+        "SIGTERM while it joins the group",
+        "Hold JoinGroup",
+        f"{_FAULTS}sigterm_during_a_rebalance_leaves_the_group[JOIN_GROUP]",
+    ),
+    Fault(
+        "SIGTERM while partitions are assigned",
+        "Hold OffsetFetch",
+        f"{_FAULTS}sigterm_during_a_rebalance_leaves_the_group[OFFSET_FETCH]",
+    ),
     Fault(
         "metrics port taken",
         "a listener of our own",

@@ -13,7 +13,8 @@ class Rule(NamedTuple):
 
 
 _SCRIPTS = "crash/test_scripts.py::test_any_script_is_survived_however_batches_are_cut"
-_WITHOUT = "crash/test_rules.py::test_without_a_rule_a_script_ends_badly"
+_RESTORE = "broker/test_restore.py::test_"
+_WITHOUT = "crash/test_without_rules.py::test_without_a_rule_a_script_ends_badly"
 
 RULES = (
     Rule(
@@ -51,7 +52,7 @@ RULES = (
         "committed. Fenced twice: exit 4.",
         (
             _WITHOUT,
-            "crash/test_rules.py::test_a_member_that_is_fenced_twice_steps_back",
+            "crash/test_without_rules.py::test_a_member_that_is_fenced_twice_steps_back",
             "unit/test_kafka_errors.py::test_every_error_with_every_flags_has_its_consequence",
             "unit/test_commit.py::test_an_abort_that_fails_ends_with_a_new_producer_and_a_look",
             "broker/test_loop.py::test_two_instances_with_one_transactional_id_one_survives",
@@ -66,32 +67,57 @@ RULES = (
         (
             _WITHOUT,
             "broker/test_faults.py::test_a_late_end_of_a_transaction_does_not_meet_the_next_one",
-            "broker/test_producer.py::test_after_a_cut_connection_the_next_transaction_wants_a_new_producer",
+            "unit/test_coordinator_watch.py::test_a_request_of_the_coordinator_left_without_an_answer_moves_it",
+            "broker/test_output_producer.py::test_after_a_cut_connection_the_next_transaction_wants_a_new_producer",
         ),
     ),
     Rule(
         "An output that the broker refuses for good is found by its source and dead-lettered, without payload if that "
         "is what does not fit.",
         (
-            "crash/test_rules.py::test_an_output_that_is_too_large_becomes_a_dead_letter_and_the_stream_goes_on",
+            "crash/test_without_rules.py::test_an_output_that_is_too_large_becomes_a_dead_letter_and_the_stream_goes_on",
             "broker/test_loop.py::test_an_output_that_the_broker_refuses_for_good_becomes_a_dead_letter",
         ),
     ),
     Rule(
-        "Partitions that are taken away take their rows along; nothing of theirs is committed afterwards.",
+        "Partitions that are taken away take their rows along, and nothing of theirs is committed afterwards; those "
+        "that come are read once their rows are there, from the committed offset. A restore ends where the next "
+        "rebalance takes its partition away.",
         (
+            _WITHOUT,
             "unit/test_runner.py::test_shards_say_where_they_stand",
+            "unit/test_restorer.py::test_a_cancelled_restore_is_forgotten",
             "broker/test_loop.py::test_members_join_and_leave_in_the_middle",
             "broker/test_faults.py::test_members_join_and_leave_in_a_loop",
+            "broker/test_faults.py::test_a_member_that_is_removed_during_a_long_batch_commits_nothing_of_it",
+            f"{_RESTORE}state_moves_with_its_partition_when_members_join_and_leave",
+            f"{_RESTORE}a_rebalance_during_a_restore_cancels_it_and_every_event_has_one_score",
         ),
     ),
     Rule(
-        "A new owner waits for what its predecessor left under way.",
-        ("broker/test_faults.py::test_an_output_under_way_when_its_member_was_killed_comes_too_late",),
+        "A new owner waits for what its predecessor left under way: first the committed offset, then the log's end "
+        "with all that is not committed, then everything up to there. It says how far it is, and gives up when it "
+        "stands still. Rows that are not as of the committed offset are refused with exit 5.",
+        (
+            _WITHOUT,
+            "broker/test_faults.py::test_an_output_under_way_when_its_member_was_killed_comes_too_late",
+            f"{_RESTORE}a_restore_waits_for_a_transaction_that_is_open_in_the_changelog",
+            f"{_RESTORE}a_restore_that_does_not_advance_is_given_up_and_says_how_far_it_got",
+            f"{_RESTORE}a_changelog_that_ends_in_aborted_records_and_markers_is_restored",
+            f"{_RESTORE}a_run_with_rows_and_offsets_apart_exits_with_5",
+            "unit/test_restorer.py::test_rows_that_do_not_belong_to_the_offsets_are_refused_with_remedies",
+        ),
     ),
     Rule(
-        "A committed offset that is not in the log any more is refused, with what to do.",
-        ("broker/test_faults.py::test_a_committed_offset_that_retention_has_passed_is_refused",),
+        "A committed offset before the start of the log, another number of partitions and a topic that was made anew "
+        "are refused, with what to do.",
+        (
+            "broker/test_faults.py::test_a_committed_offset_that_retention_has_passed_is_refused",
+            "broker/test_faults.py::test_partitions_that_were_added_are_refused",
+            f"{_RESTORE}a_committed_offset_before_the_log_start_is_refused",
+            f"{_RESTORE}a_changelog_of_another_form_is_refused",
+            f"{_RESTORE}an_input_topic_that_was_made_anew_is_refused",
+        ),
     ),
     Rule(
         "SIGTERM finishes the batch, commits and leaves the group; the second one stops at once.",

@@ -40,6 +40,7 @@ APP = "chaos"
 Protocol = Literal["classic", "consumer"]
 
 _TURN_S = 0.05
+_POLL_INTERVAL_MS = 45_000
 #: Members are up and every partition has a commit: compiled kernels may have to be made.
 _START_TIMEOUT_S = 180.0
 #: After the last action: every partition gets commits again.
@@ -165,6 +166,8 @@ class _Run:
                 "group_protocol": self._options.protocol,
                 "session_timeout_ms": int(self._timeouts.session_s * 1000),
                 "transaction_timeout_ms": int(self._timeouts.transaction_s * 1000),
+                # A restarted coordinator may wait that long for members that died meanwhile.
+                "consumer": {"max.poll.interval.ms": _POLL_INTERVAL_MS},
             },
             "topics": {"partitions": self._options.partitions},
             "model": {"path": str(self._model)},

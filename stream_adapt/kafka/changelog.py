@@ -10,7 +10,6 @@ the target means that a transaction is open: it is waited for, for as long as `s
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
@@ -21,6 +20,7 @@ from confluent_kafka import OFFSET_BEGINNING, Consumer, IsolationLevel, KafkaErr
 from confluent_kafka.admin import AdminClient, ConfigResource, OffsetSpec, ResourceType  # type: ignore[attr-defined]
 
 from stream_adapt.errors import KafkaRefused
+from stream_adapt.kafka import clients
 from stream_adapt.kafka.errors import describe, kafka_error
 
 log = structlog.get_logger(__name__)
@@ -89,6 +89,7 @@ class ChangelogReader:
         self._stall_s = stall_s
         self._clock = clock
         self._consumer: Consumer | None = None
+        self._repeated = clients.Repeated()
 
     def begin(self, partitions: Collection[int]) -> None:
         """Reads these, too. Whoever wrote to them last must have been stopped before: ends are taken now.
@@ -103,7 +104,7 @@ class ChangelogReader:
         unread = [partition for partition in partitions if not self.tails[partition].is_read]
         if unread:
             if self._consumer is None:
-                self._consumer = Consumer(self._properties, logger=logging.getLogger("librdkafka"))
+                self._consumer = clients.consumer(self._properties)
             self._consumer.incremental_assign([self._at(partition, OFFSET_BEGINNING) for partition in unread])
 
     def read(self, timeout_s: float) -> dict[int, Records]:
@@ -162,8 +163,9 @@ class ChangelogReader:
             self._reached(partition, offset)
         elif error.code() in _REFUSED:
             raise KafkaRefused(f"{self.topic}: {describe(error)}. To do: {_REFUSED[error.code()]}")
-        else:
-            log.warning("changelog reader", topic=self.topic, partition=partition, error=describe(error))
+        elif (repeated := self._repeated.due(f"{partition} {error.name()}")) is not None:
+            told = {"topic": self.topic, "partition": partition, "error": describe(error)}
+            log.warning("changelog reader", **told, repeated=repeated)
 
     def _reached(self, partition: int, position: int) -> None:
         tail = self.tails.get(partition)
@@ -182,7 +184,7 @@ class ChangelogReader:
 
     def _ends(self, partitions: Collection[int]) -> tuple[dict[int, int], dict[int, int]]:
         """First offsets, and ends with all that is not committed yet, by partition."""
-        admin = AdminClient({k: v for k, v in self._properties.items() if not k.startswith(_CONSUMERS_OWN)})
+        admin = clients.admin({k: v for k, v in self._properties.items() if not k.startswith(_CONSUMERS_OWN)})
         asked = [self._at(partition) for partition in partitions]
         return (
             log_offsets(admin, asked, "earliest", _ENDS_DEADLINE_S),
@@ -221,11 +223,33 @@ def log_offsets(
                 raise KafkaRefused(
                     f"{partitions[0].topic}: {describe(found)}. To do: {_REFUSED[found.code()]}"
                 ) from error
+            _refuse_missing(admin, partitions)
             if time.monotonic() > deadline:
                 raise KafkaRefused(
                     f"{partitions[0].topic}: no log offsets within {deadline_s:.0f} s: {found and describe(found)}"
                 ) from error
             time.sleep(_BETWEEN_TRIES_S)
+        finally:
+            clients.tell(admin)
+
+
+def _refuse_missing(admin: AdminClient, partitions: list[TopicPartition]) -> None:
+    """There is no use in waiting for partitions that are not there.
+
+    Raises:
+        KafkaRefused: the topic has fewer partitions.
+    """
+    topic, last = partitions[0].topic, max(tp.partition for tp in partitions)
+    try:
+        found = admin.list_topics(topic, timeout=_REQUEST_TIMEOUT_S).topics[topic].partitions
+    except KafkaException:
+        return  # the caller tries again
+    if found and last not in found:
+        raise KafkaRefused(
+            f"{topic} has {len(found)} partitions, and the rows of partition {last} are asked for: if partitions were "
+            "added to the input topic, users have moved to other shards and their rows have not. To do: start anew "
+            "with an app.name and topics of its own"
+        )
 
 
 def check_changelog(admin: AdminClient, topic: str, row_bytes: int) -> None:
@@ -268,4 +292,6 @@ def _topic_config(admin: AdminClient, topic: str) -> dict[str, Any]:
             raise KafkaRefused(f"{topic}: its configuration is not told: {reason and describe(reason)}") from error
         log.warning("cannot see whether the changelog is compacted: grant DescribeConfigs on it", topic=topic)
         return {}
+    finally:
+        clients.tell(admin)
     return {name: entry.value for name, entry in found.items()}

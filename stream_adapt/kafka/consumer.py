@@ -6,7 +6,6 @@ record whose effect is not committed (reliability rules 1, 3 and 4).
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
 
 from stream_adapt.errors import KafkaRefused
+from stream_adapt.kafka import clients
 from stream_adapt.kafka.errors import describe, kafka_error
 from stream_adapt.record import Ints, Longs, RawBatch
 
@@ -27,7 +27,7 @@ Properties = Mapping[str, str | int | float | bool]
 
 #: A broker round trip during a rebalance is given up after this.
 CALL_TIMEOUT_S = 10.0
-#: Calls that answer a rebalance are tried again until then; below the default max.poll.interval.ms of 300 s.
+#: Calls that answer a rebalance are tried again until then; below max.poll.interval.ms.
 REBALANCE_DEADLINE_S = 60.0
 _BETWEEN_TRIES_S = 0.2
 
@@ -61,7 +61,12 @@ class Positions:
 
 
 class InputConsumer:
-    """Reads one topic for a consumer group, in batches."""
+    """Reads one topic for a consumer group, in batches.
+
+    Committed offsets are asked for by a second client, which is no member. Kafka answers a connection's requests in
+    order, and a JoinGroup is answered when all members have joined: behind it, on the group's own connection, the
+    answer would wait for members that may be waiting for us, until the rebalance runs out of time.
+    """
 
     def __init__(
         self,
@@ -78,7 +83,9 @@ class InputConsumer:
         self._ends: dict[int, int] = {}
         self._listener = listener
         self._leaving = False
-        self._consumer = Consumer(dict(properties), logger=_librdkafka_logger())
+        self._repeated = clients.Repeated()
+        self._lookup = clients.consumer(properties)
+        self._consumer = clients.consumer(properties)
         self._consumer.subscribe([topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
 
     def poll(self, max_records: int, timeout_s: float) -> RawBatch:
@@ -90,6 +97,7 @@ class InputConsumer:
         Raises:
             KafkaRefused: the topic, the group or the position cannot be read; says what to do.
         """
+        self._lookup.poll(0)  # reads nothing; its log lines come out
         try:
             messages = self._consumer.consume(max_records, timeout_s)
         except KafkaException as error:
@@ -149,7 +157,7 @@ class InputConsumer:
             KafkaRefused: no answer within the deadline.
         """
         asked = [TopicPartition(self.topic, p) for p in partitions]
-        answer = self._until_answered("committed offsets", lambda: self._consumer.committed(asked, CALL_TIMEOUT_S))
+        answer = self._until_answered("committed offsets", lambda: self._lookup.committed(asked, CALL_TIMEOUT_S))
         return {tp.partition: tp.offset for tp in answer}
 
     def commit(self, next_offsets: Mapping[int, int]) -> None:
@@ -179,6 +187,7 @@ class InputConsumer:
         """Leaves the group."""
         self._leaving = True
         self._consumer.close()
+        self._lookup.close()
 
     # Rebalances. No work is in flight here: a batch is committed or aborted before the next poll.
 
@@ -259,7 +268,10 @@ class InputConsumer:
             self._ends[cast(int, message.partition())] = cast(int, message.offset())
             return
         self._refuse(error)
-        log.warning("consumer error", topic=message.topic(), partition=message.partition(), error=describe(error))
+        repeated = self._repeated.due(f"{message.partition()} {error.name()}")
+        if repeated is not None:
+            told = {"topic": message.topic(), "partition": message.partition(), "error": describe(error)}
+            log.warning("consumer error", **told, repeated=repeated)
 
     def _refuse(self, error: KafkaError | None) -> None:
         if error is not None and error.code() in _REFUSED:
@@ -303,7 +315,3 @@ def generation(metadata: bytes) -> int:
             "the installed librdkafka; install confluent-kafka as constraints.txt pins it"
         )
     return int.from_bytes(metadata[len(magic) : len(magic) + 4], "little", signed=True)
-
-
-def _librdkafka_logger() -> logging.Logger:
-    return logging.getLogger("librdkafka")

@@ -11,7 +11,6 @@ What can come out of a call is one of four exceptions; `commit.py` says what eac
 
 from __future__ import annotations
 
-import logging
 import time
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -22,6 +21,7 @@ import msgspec
 import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
+from stream_adapt.kafka import clients
 from stream_adapt.kafka.errors import UNDELIVERABLE_CODES, Consequence, consequence, describe, kafka_error
 from stream_adapt.record import Outputs, Source
 
@@ -111,7 +111,7 @@ class OutputProducer:
         transactional_id: str | None,
         socket_timeout_s: float,
         deadline_s: float,
-        client: Callable[..., Producer] = Producer,
+        client: Callable[[dict[str, Any]], Producer] = clients.producer,
     ) -> None:
         self.careful = False
         self.suspect = False
@@ -131,7 +131,7 @@ class OutputProducer:
         }
         if transactional_id is not None:
             settings["transactional.id"] = transactional_id
-        self._producer = client(settings, logger=logging.getLogger("librdkafka"))
+        self._producer = client(settings)
         if transactional_id is not None:
             self._call("init_transactions", self._producer.init_transactions)
 

@@ -17,6 +17,13 @@ _RESTORE_PREFETCH_KBYTES = 16_384
 SOCKET_TIMEOUT_MS = 10_000
 
 
+#: A poll comes at least so often: producers and rebalances may each take a minute. It is also how long a rebalance
+#: waits for a member that is gone without the broker having noticed, as after some restarts of a coordinator.
+_POLL_INTERVAL_MS = 120_000
+#: What a consumer's settings say of its group starts with one of these; the client checks them against each other.
+_MEMBERSHIP = ("group.", "max.poll.", "session.", "heartbeat.", "partition.assignment.")
+
+
 def common(config: Config) -> dict[str, Scalar]:
     """Every client's: where the brokers are, who we are, and what the operator passes through."""
     return {
@@ -36,6 +43,7 @@ def consumer(config: Config) -> dict[str, Scalar]:
     return {
         "queued.max.messages.kbytes": _PREFETCH_KBYTES,
         "fetch.queue.backoff.ms": 10,
+        "max.poll.interval.ms": max(_POLL_INTERVAL_MS, config.kafka.session_timeout_ms),
         **common(config),
         **resolve_secrets(config.kafka.consumer),
         "group.id": config.group_id,
@@ -70,7 +78,7 @@ def changelog_reader(config: Config) -> dict[str, Scalar]:
         "queued.max.messages.kbytes": _RESTORE_PREFETCH_KBYTES,
         "fetch.queue.backoff.ms": 10,
         **common(config),
-        **{k: v for k, v in resolve_secrets(config.kafka.consumer).items() if not k.startswith("group.")},
+        **{k: v for k, v in resolve_secrets(config.kafka.consumer).items() if not k.startswith(_MEMBERSHIP)},
         "group.id": config.group_id,
         "group.protocol": "classic",
         "enable.auto.commit": False,

@@ -7,9 +7,10 @@ import uuid
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
-from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
 
 from stream_adapt.errors import KafkaRefused
+from stream_adapt.kafka import clients
 from stream_adapt.kafka.errors import describe, kafka_error
 
 _CALL_TIMEOUT_S = 15.0
@@ -31,7 +32,7 @@ class TopicReader:
             group_id: whose committed offsets `committed` and `group_metadata` are about.
         """
         self.topic = topic
-        self._consumer = Consumer(
+        self._consumer = clients.consumer(
             {
                 **settings,
                 "group.id": group_id or f"stream-adapt-reader-{uuid.uuid4()}",

@@ -18,6 +18,7 @@ from confluent_kafka.admin import AdminClient
 from confluent_kafka.cimpl import NewTopic
 
 from stream_adapt.errors import ConfigError, KafkaRefused
+from stream_adapt.kafka import clients
 from stream_adapt.record import TopicNames as TopicNames
 
 if TYPE_CHECKING:
@@ -133,7 +134,7 @@ def create_topics(
     if not specs:
         return []
     deadline = time.monotonic() + timeout_s
-    admin = AdminClient(dict(admin_config))
+    admin = clients.admin(admin_config)
     created = _create_missing(admin, specs, timeout_s)
     found = _await_leaders(admin, specs, deadline)
     return [_outcome(spec, found.get(spec.name), created=spec.name in created) for spec in specs]
@@ -143,7 +144,7 @@ def check_topics(
     admin_config: Mapping[str, Any], specs: Sequence[TopicSpec], timeout_s: float = 30.0
 ) -> list[TopicOutcome]:
     """What `create_topics` would find, changing nothing. KafkaRefused if the broker cannot be reached."""
-    found = _describe(AdminClient(dict(admin_config)), timeout_s)
+    found = _describe(clients.admin(admin_config), timeout_s)
     return [_outcome(spec, found.get(spec.name), created=False) for spec in specs]
 
 
@@ -192,6 +193,8 @@ def _describe(admin: AdminClient, timeout_s: float) -> dict[str, TopicMetadata]:
             f"The broker gave no answer within {timeout_s:g} s: {reason.str()} ({reason.name()}). "
             "Is the address (bootstrap.servers) right, and the broker up?"
         ) from error
+    finally:
+        clients.tell(admin)
 
 
 def _outcome(spec: TopicSpec, found: TopicMetadata | None, created: bool) -> TopicOutcome:

@@ -211,6 +211,14 @@ class ControlRow(msgspec.Struct):
             raise RowError(f"not a control row: {error}", "checksum") from error
 
 
+def fingerprint_of(content: bytes) -> int | None:
+    """Fingerprint of a value's layout, whichever it is; None if the value is damaged or of a newer format."""
+    if len(content) < _EXTRA_BYTES or zlib.crc32(content) != _RESIDUE:
+        return None
+    row_format, _, _, fingerprint = _HEADER.unpack_from(content)
+    return fingerprint if row_format <= ROW_FORMAT else None
+
+
 def _sealed(kind: Kind, fingerprint: int, body: bytes) -> bytes:
     content = _HEADER.pack(ROW_FORMAT, kind, 0, fingerprint) + body
     return content + _CHECKSUM.pack(zlib.crc32(content))

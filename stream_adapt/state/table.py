@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -100,24 +100,25 @@ class Table:
         Raises:
             StateFull: no room for all that are new; an abort takes out those that were started.
         """
-        index, several = self._index, set(partitions)
-        for partition in several:
-            index.setdefault(partition, {})
+        several = set(partitions)
         if len(several) == 1:  # most often: records are fetched partition by partition
-            found = [*map(index[partitions[0]].get, row_ids)]
-        else:
-            found = [index[p].get(i) for p, i in zip(partitions, row_ids, strict=True)]
+            return np.array(self._slots_of(partitions[0], row_ids), dtype=np.int64)
+        by_partition: dict[int, list[int]] = {partition: [] for partition in several}
+        for at, partition in enumerate(partitions):
+            by_partition[partition].append(at)
+        slots = np.empty(len(row_ids), dtype=np.int64)
+        for partition, positions in by_partition.items():
+            slots[positions] = self._slots_of(partition, [row_ids[at] for at in positions])
+        return slots
+
+    def _slots_of(self, partition: int, row_ids: Sequence[str]) -> list[int]:
+        index = self._index.setdefault(partition, {})
+        found = [*map(index.get, row_ids)]
         if None in found:
-            triples = zip(partitions, row_ids, found, strict=True)
-            new: dict[int, dict[str, None]] = {}
-            for partition, row_id, slot in triples:
-                if slot is None:
-                    new.setdefault(partition, {})[row_id] = None
-            for partition, ids in new.items():
-                self._insert(partition, list(ids))
-            triples = zip(partitions, row_ids, found, strict=True)
-            found = [index[p][i] if slot is None else slot for p, i, slot in triples]
-        return np.array(found, dtype=np.int64)
+            new = dict.fromkeys(row_id for row_id, slot in zip(row_ids, found, strict=True) if slot is None)
+            self._insert(partition, list(new))
+            return [*map(index.__getitem__, row_ids)]
+        return cast("list[int]", found)
 
     def load(self, partition: int, ids: Sequence[str], rows: npt.NDArray[Any]) -> None:
         """Puts m rows `[m]` as they are, over those of equal ids; of equal ids among them the last counts.

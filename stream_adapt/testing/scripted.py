@@ -1,8 +1,9 @@
 """Kafka in memory, as far as exactly-once can tell, with crashes as data.
 
 What is doubled is the client library and the broker behind it, not our logic: `ScriptedBroker.client` stands where
-`confluent_kafka.Producer` does and `ScriptedConsumer` where `InputConsumer` does. Transactions, epochs, generations
-and pending offsets are kept as KIP-98 and KIP-447 say, and the states of a failed producer as librdkafka has them.
+`confluent_kafka.Producer` does, `ScriptedConsumer` where `InputConsumer` does and `ScriptedReader` where
+`ChangelogReader` does. Transactions, epochs, generations and pending offsets are kept as KIP-98 and KIP-447 say, and
+the states of a failed producer as librdkafka has them.
 
     broker = ScriptedBroker({0: records}, [Crash(Point.COMMIT, 2, Effect.ANSWER_LOST)])
 
@@ -13,7 +14,8 @@ read_committed sees. Where Kafka's own behaviour is in question, ask Kafka: `str
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -22,6 +24,7 @@ import msgspec
 import numpy as np
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
+from stream_adapt.kafka.changelog import Records, Tail
 from stream_adapt.kafka.consumer import Positions, RebalanceListener
 from stream_adapt.record import RawBatch
 
@@ -55,6 +58,7 @@ class Effect(Enum):
     FENCED = "another instance took the transactional.id"
     REBALANCE = "the group has a new generation"
     STOPPED = "the process stands still while `ScriptedBroker.meanwhile` runs"
+    OVERTAKEN = "the offsets are visible, and before the records are, `ScriptedBroker.meanwhile` runs"
 
 
 _KILLS = (Effect.KILL_BEFORE, Effect.KILL_AFTER)
@@ -74,6 +78,7 @@ POSSIBLE: Mapping[Point, tuple[Effect, ...]] = {
         Effect.FATAL_AFTER,
         Effect.ABORTABLE_AFTER,
         Effect.DELAYED,
+        Effect.OVERTAKEN,
     ),
     Point.ABORT: (*_KILLS, *_CALLS, Effect.ANSWER_LOST, Effect.FATAL_AFTER),
 }
@@ -94,14 +99,22 @@ class Killed(BaseException):
 
 @dataclass(slots=True)
 class Written:
-    """One record of an output topic; visible under read_committed once its transaction is committed."""
+    """One record of an output topic; visible under read_committed once its transaction is committed.
+
+    It is `open` until the transaction has ended and its marker is written: nobody reads beyond it until then.
+    """
 
     topic: str
-    partition: int | None
+    partition: int  # −1: as the key says
     key: bytes | None
     value: bytes | None
     headers: list[tuple[str, bytes]] | None = None
     committed: bool = False
+    open: bool = True
+
+    def mark(self, *, committed: bool) -> None:
+        """The marker of its transaction is written."""
+        self.committed, self.open = committed, False
 
 
 @dataclass(slots=True)
@@ -137,6 +150,8 @@ class ScriptedBroker:
         self._open: dict[str, _Transaction] = {}
         self._ended: dict[str, bool] = {}  # how the last transaction ended: committed?
         self._late: list[tuple[str, int]] = []  # EndTxn under way for a second time: id, epoch
+        self._slow_markers = False
+        self._unmarked: dict[str, list[Written]] = {}  # committed, and the markers are under way
 
     def client(self, settings: Mapping[str, Any], **_: Any) -> ScriptedClient:
         """Stands where `confluent_kafka.Producer` does."""
@@ -144,12 +159,17 @@ class ScriptedBroker:
 
     def committed(self, topic: str) -> list[Written]:
         """The records of a topic as a reader under read_committed sees them, in order."""
+        self._write_all_markers()
         return [record for record in self.log if record.topic == topic and record.committed]
 
     @property
     def finished(self) -> bool:
         """Whether the group has committed the end of every partition."""
         return all(self.offsets.get(p, 0) == len(records) for p, records in self.inputs.items())
+
+    def calm_down(self) -> None:
+        """Nothing happens any more, whatever the script still has."""
+        self._script.clear()
 
     # What consumers ask.
 
@@ -165,11 +185,22 @@ class ScriptedBroker:
                 self._expire(name)
         return {p: self.offsets.get(p, -1001) for p in partitions}
 
+    def partition(self, topic: str, partition: int) -> list[Written]:
+        """The log of one partition of an output topic, with all that is not committed; offsets are its indices."""
+        return [record for record in self.log if (record.topic, record.partition) == (topic, partition)]
+
+    def pass_time(self, record: Written) -> None:
+        """Until the transaction of an open record has an outcome: its markers are written, or it times out."""
+        self._write_all_markers()
+        if record.open:
+            self._expire(next(name for name, open_ in self._open.items() if any(record is r for r in open_.records)))
+
     # What producers ask. Each raises KafkaException as the client library would.
 
     def init(self, name: str) -> int:
         """A new epoch; what the former one left open is aborted."""
-        self._open.pop(name, None)
+        self._write_markers(name)  # a transaction that is being ended is waited for
+        self._drop(name)
         self._epochs[name] += 1
         return self._epochs[name]
 
@@ -191,18 +222,31 @@ class ScriptedBroker:
     def end(self, name: str, epoch: int, *, commit: bool) -> None:
         """EndTxn. One that arrives again is answered as if it were the first; no other way of ending it is left."""
         self._check_epoch(name, epoch)
-        transaction = self._open.pop(name, None)
+        transaction = self._open.get(name)
         if transaction is None and self._ended.get(name, commit) is not commit:
             raise _error(KafkaError.INVALID_TXN_STATE, fatal=True)
         self._ended[name] = commit
         if transaction is None or not commit:
+            self._drop(name)
             return
-        for record in transaction.records:
-            record.committed = True
+        del self._open[name]
         self.offsets.update(transaction.offsets)
+        self._unmarked[name] = transaction.records
+        if not self._slow_markers:
+            self._write_markers(name)
+
+    @contextmanager
+    def slow_markers(self) -> Iterator[None]:
+        """What is committed meanwhile can be read under read_committed only once somebody waits for it."""
+        self._slow_markers = True
+        try:
+            yield
+        finally:
+            self._slow_markers = False
 
     def begin(self, name: str, epoch: int) -> None:
         """The client library begins a transaction by itself; the broker hears of it with the first record."""
+        self._write_markers(name)  # those of the transaction before it are waited for
         self._open[name] = _Transaction(epoch)
 
     def repeat_end(self, name: str, epoch: int) -> None:
@@ -230,8 +274,22 @@ class ScriptedBroker:
 
     def _expire(self, name: str) -> None:
         """The transaction timeout: aborted, and its producer's epoch is over."""
-        self._open.pop(name)
+        self._drop(name)
         self._epochs[name] += 1
+
+    def _drop(self, name: str) -> None:
+        """Aborts what is open, if anything is."""
+        transaction = self._open.pop(name, None)
+        for record in transaction.records if transaction else ():
+            record.mark(committed=False)
+
+    def _write_markers(self, name: str) -> None:
+        for record in self._unmarked.pop(name, ()):
+            record.mark(committed=True)
+
+    def _write_all_markers(self) -> None:
+        for name in list(self._unmarked):
+            self._write_markers(name)
 
 
 class ScriptedClient:
@@ -267,9 +325,9 @@ class ScriptedClient:
         topic: str,
         value: bytes | None,
         key: bytes | None,
+        partition: int = -1,
         *,
         headers: list[tuple[str, bytes]] | None = None,
-        partition: int | None = None,
         on_delivery: Callable[..., None] | None = None,
     ) -> None:
         """As the library's; deliveries fail at the next call that waits for them."""
@@ -348,7 +406,12 @@ class ScriptedClient:
             case Effect.STOPPED:
                 self._broker.meanwhile()
         try:
-            act()
+            if effect is Effect.OVERTAKEN:
+                with self._broker.slow_markers():
+                    act()
+                self._broker.meanwhile()
+            else:
+                act()
         except KafkaException as error:
             self._fail(error)
         self._aftermath(effect)
@@ -385,6 +448,7 @@ class ScriptedConsumer:
     def __init__(self, broker: ScriptedBroker, topic: str, cuts: Sequence[int], listener: RebalanceListener) -> None:
         self.topic = topic
         self.positions = Positions()
+        self.paused: set[int] = set()
         self._broker = broker
         self._cuts = cuts
         self._polls = 0
@@ -414,9 +478,14 @@ class ScriptedConsumer:
         self.positions.next_offsets.update(next_offsets)
         self.positions.uncommitted_start -= set(next_offsets)
 
+    def resume(self, partitions: Collection[int]) -> None:
+        """As the real one's."""
+        self.paused -= set(partitions)
+        self._fetched |= {p: self.positions.next_offsets[p] for p in partitions}
+
     def rewind(self) -> None:
         """As the real one's."""
-        self._fetched = dict(self.positions.next_offsets)
+        self._fetched = {p: offset for p, offset in self.positions.next_offsets.items() if p not in self.paused}
 
     def group_metadata(self) -> bytes:
         """As the real one's: of the generation in which it was last polled."""
@@ -459,15 +528,77 @@ class ScriptedConsumer:
             if offset < 0:
                 self.positions.uncommitted_start.add(partition)
             self.positions.next_offsets[partition] = max(offset, 0)
-        self.rewind()
+        self.paused |= self.positions.next_offsets.keys()
         self._listener.assigned(list(self.positions.next_offsets))
 
     def _revoked(self) -> None:
         gone = list(self.positions.next_offsets)
         self.positions.next_offsets.clear()
         self.positions.uncommitted_start.clear()
+        self.paused.clear()
         self.rewind()
         self._listener.revoked(gone)
+
+
+class ScriptedReader:
+    """Reads the changelog in the log, with the interface of `ChangelogReader`.
+
+    Args:
+        broker: whose log it reads.
+        topic: what the changelog is called.
+        cuts: offsets per read, in turn, over and over.
+    """
+
+    def __init__(self, broker: ScriptedBroker, topic: str, cuts: Sequence[int] = (100,)) -> None:
+        self.topic = topic
+        self.tails: dict[int, Tail] = {}
+        self._broker = broker
+        self._cuts = cuts
+        self._reads = 0
+
+    def begin(self, partitions: Collection[int]) -> None:
+        """As the real one's: everything is read that was written up to now, committed or not."""
+        for partition in partitions:
+            self.tails[partition] = Tail(0, self.end(partition), 0, 0.0)
+
+    def end(self, partition: int) -> int:
+        """Where a partition ends, with all that is not committed yet."""
+        return len(self._broker.partition(self.topic, partition))
+
+    def read(self, _timeout_s: float) -> dict[int, Records]:
+        """As the real one's; what is open is waited for."""
+        cut = self._cuts[self._reads % len(self._cuts)]
+        self._reads += 1
+        found = {partition: self._read(partition, tail, cut) for partition, tail in self.tails.items()}
+        return {partition: records for partition, records in found.items() if len(records)}
+
+    def finish(self) -> list[int]:
+        """As the real one's."""
+        done = [partition for partition, tail in self.tails.items() if tail.is_read]
+        self.cancel(done)
+        return done
+
+    def cancel(self, partitions: Collection[int]) -> None:
+        """As the real one's."""
+        for partition in partitions:
+            self.tails.pop(partition, None)
+
+    def close(self) -> None:
+        """As the real one's."""
+
+    def _read(self, partition: int, tail: Tail, cut: int) -> Records:
+        found = Records([], [], [])
+        written = self._broker.partition(self.topic, partition)
+        for record in written[tail.position : tail.position + cut]:
+            if record.open:
+                self._broker.pass_time(record)
+                break
+            if record.committed:
+                found.keys.append(record.key)
+                found.values.append(record.value)
+                found.offsets.append(tail.position)
+            tail.position += 1
+        return found
 
 
 @dataclass(frozen=True, slots=True)

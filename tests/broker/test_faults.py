@@ -11,19 +11,20 @@ import re
 import signal
 import socket
 import subprocess
+import sys
 import threading
 import time
 import urllib.request
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from broker_app import ITEMS, STARS, App, event
+from broker_app import ITEMS, RUN, STARS, App, event
 from confluent_kafka import KafkaError, Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions
 
@@ -54,6 +55,7 @@ from stream_adapt.testing.proxy import (
 pytestmark = pytest.mark.broker
 
 SESSION_S, TRANSACTION_S, SOCKET_S = 4.0, 3.0, 2.0
+SLOW = (sys.executable, str(Path(__file__).with_name("slow_member.py")), "run")
 #: For whatever should happen soon; a machine that does much else at the same time takes long.
 WAIT_S = 120.0
 #: Events before and while something goes wrong.
@@ -66,6 +68,14 @@ def ids(scores: list[dict[str, Any]]) -> Counter[str]:
 
 def once(count: int) -> Counter[str]:
     return Counter(f"e{n}" for n in range(count))
+
+
+def taught_once(scores: list[dict[str, Any]]) -> bool:
+    """Whether every user's row has learned from each of the user's events, and from each once."""
+    by_user: dict[str, list[int]] = {}
+    for score in scores:
+        by_user.setdefault(score["user_id"], []).append(score["adaptations"])
+    return all(sorted(found) == list(range(1, len(found) + 1)) for found in by_user.values())
 
 
 def _has_partitions(log: str) -> bool:
@@ -96,8 +106,8 @@ class Stream:
         }
         return self.app.config(instance, kafka=settings, input={"max_batch": 200, "latency_ms": 20})
 
-    def start(self, instance: str = "0", **kafka: Any) -> subprocess.Popen[bytes]:
-        return self.app.start(config=self.config(instance, **kafka))
+    def start(self, instance: str = "0", command: Sequence[str] = RUN, **kafka: Any) -> subprocess.Popen[bytes]:
+        return self.app.start(config=self.config(instance, **kafka), command=command)
 
     def running(self, members: int) -> None:
         """Waits until so many members have partitions."""
@@ -115,8 +125,17 @@ class Stream:
         return self.proxy.inject(fault(Match(api, f"{self.app.name}.{instance}", count=1), **options))
 
     def arrived(self, timeout_s: float = WAIT_S) -> None:
-        """Every event that was sent has exactly one score."""
-        assert ids(self.app.wait_for_outputs(self.sent, timeout_s)) == once(self.sent)
+        """Every event that was sent has exactly one score, and has taught its user's row exactly once."""
+        scores = self.app.wait_for_outputs(self.sent, timeout_s)
+        assert ids(scores) == once(self.sent)
+        assert taught_once(scores)
+
+    def logged(self, words: str, instance: str) -> None:
+        """Waits until a member has logged this."""
+        deadline = time.monotonic() + WAIT_S
+        while not any(words in path.read_text() for path in self.app.folder.glob(f"{instance}-*.log")):
+            assert time.monotonic() < deadline, self.app.log()[-3000:]
+            time.sleep(0.1)
 
 
 @pytest.fixture
@@ -171,7 +190,7 @@ CONNECTIONS: dict[str, tuple[Fault, float]] = {
     "records late past the transaction timeout": (Hold(Match(Api.PRODUCE)), TRANSACTION_S + 2),
     "fetch answers late": (Delay(Match(Api.FETCH, count=3), 1.0, "response"), 0),
     "heartbeats lost past the session timeout": (Drop(Match(Api.HEARTBEAT)), SESSION_S + 1),
-    "poll interval exceeded": (Hold(Match(Api.TXN_OFFSET_COMMIT)), SESSION_S + 2),
+    "offsets late past the session timeout": (Hold(Match(Api.TXN_OFFSET_COMMIT)), SESSION_S + 2),
     "connections cut": (Cut(), 0),
     "connections reset": (Cut(reset=True), 0),
     "connections half-open": (HalfOpen(), 1),
@@ -255,8 +274,15 @@ def test_an_output_under_way_when_its_member_was_killed_comes_too_late(stream: S
     stream.arrived()
 
 
-@pytest.mark.parametrize("stopped_s", [TRANSACTION_S + 0.5, SESSION_S + 2], ids=["transaction", "session"])
-@pytest.mark.parametrize("api", [Api.PRODUCE, Api.END_TXN], ids=lambda api: api.name)
+@pytest.mark.parametrize(
+    ("api", "stopped_s"),
+    [
+        pytest.param(Api.PRODUCE, TRANSACTION_S + 0.5, id="PRODUCE-transaction", marks=pytest.mark.slow),
+        pytest.param(Api.PRODUCE, SESSION_S + 2, id="PRODUCE-session"),
+        pytest.param(Api.END_TXN, TRANSACTION_S + 0.5, id="END_TXN-transaction"),
+        pytest.param(Api.END_TXN, SESSION_S + 2, id="END_TXN-session", marks=pytest.mark.slow),
+    ],
+)
 def test_a_member_that_stood_still_past_a_timeout_goes_on(stream: Stream, api: Api, stopped_s: float) -> None:
     """SIGSTOP in the middle of a transaction, and another member that takes over when the session is over."""
     members = [stream.start("a"), stream.start("b")]
@@ -272,6 +298,53 @@ def test_a_member_that_stood_still_past_a_timeout_goes_on(stream: Stream, api: A
     stream.send()
     stream.arrived()
     assert [0, 0] == [stream.app.stop(member) for member in members], stream.app.log()[-3000:]
+
+
+@pytest.mark.parametrize("joins", [pytest.param("before", marks=pytest.mark.slow), "in the middle"])
+def test_a_member_that_is_removed_during_a_long_batch_commits_nothing_of_it(stream: Stream, joins: str) -> None:
+    """It does not poll within `max.poll.interval.ms`, and does not give its partitions up when the other one comes."""
+    interval = {"max.poll.interval.ms": int(1000 * SESSION_S), "heartbeat.interval.ms": 500}
+    slow = stream.start("a", SLOW, consumer=interval)
+    stream.running(1)
+    if joins == "before":
+        stream.start("b", consumer=interval)
+        stream.running(2)
+    for partition in (0, 1):  # whichever it has
+        stream.app.produce_raw([(b"u", b"SLOW")], partition)
+    stream.send()
+    if joins == "in the middle":
+        stream.start("b", consumer=interval)
+    assert ids(stream.app.wait_for_outputs(stream.sent + 2, WAIT_S)) == once(stream.sent)
+    stream.logged("transaction aborted", "a")
+    stream.send()
+    scores = stream.app.wait_for_outputs(stream.sent + 2, WAIT_S)
+    assert (once(stream.sent), 2) == (ids(scores), len(stream.app.dead_letters()))
+    assert taught_once(scores)
+    assert stream.app.stop(slow) == 0, stream.app.log()[-3000:]
+
+
+def test_an_erased_user_stays_erased_whoever_dies_and_restores(stream: Stream) -> None:
+    """The member is killed while the answer to the erasure's commit is under way."""
+    erase = {"event_id": "erase", "user_id": "user-1", "event_type": "$erase", "timestamp": 1_700_000_000_000}
+    stream.send()
+    first = stream.start("a")
+    stream.arrived()
+    held = stream.inject(Hold, Api.END_TXN, "a", at="response")
+    stream.app.produce_raw([(b"user-1", json.dumps(erase).encode())])
+    held.wait(timeout_s=WAIT_S)
+    assert stream.app.stop(first, signal.SIGKILL) == -signal.SIGKILL
+    held.lift()
+    stream.start("b")
+    before = stream.sent
+    stream.send()
+    scores = stream.app.wait_for_outputs(stream.sent + 1, WAIT_S)
+    receipts = [score for score in scores if score["event_id"] == "erase"]
+    assert [True] == [receipt["had_row"] for receipt in receipts]
+    scores.remove(receipts[0])
+    assert once(stream.sent) == ids(scores)
+    user = [(int(s["event_id"][1:]), s["adaptations"]) for s in scores if s["user_id"] == "user-1"]
+    old, new = [n for e, n in sorted(user) if e < before], [n for e, n in sorted(user) if e >= before]
+    assert (old, new) == ([*range(1, len(old) + 1)], [*range(1, len(new) + 1)])
 
 
 def test_members_join_and_leave_in_a_loop(stream: Stream) -> None:
@@ -317,6 +390,61 @@ def test_a_second_sigterm_during_a_commit_stops_at_once(stream: Stream) -> None:
     assert member.wait(20) == 128 + signal.SIGTERM, stream.app.log()[-3000:]
     held.lift()
     stream.start()
+    stream.arrived()
+
+
+def test_sigterm_during_a_restore_ends_it(stream: Stream) -> None:
+    """Its changelog is held open, so that it cannot come to an end by itself."""
+    stream.send()
+    member = stream.start()
+    stream.arrived()
+    assert stream.app.stop(member) == 0
+    bootstrap = stream.app.broker.bootstrap_servers
+    other = Producer({"bootstrap.servers": bootstrap, "transactional.id": f"{stream.app.name}.other"})
+    other.init_transactions(30)
+    other.begin_transaction()
+    for partition in (0, 1):
+        other.produce(f"{stream.app.name}.changelog", b"", b"u:x", partition)
+    other.flush(10)
+    restoring = stream.start("b")
+    stream.running(1 + 1)
+    assert stream.app.stop(restoring) == 0, stream.app.log()[-3000:]
+    other.abort_transaction(30)
+    stream.start()
+    stream.send()
+    stream.arrived()
+
+
+@pytest.mark.parametrize("api", [Api.JOIN_GROUP, Api.OFFSET_FETCH], ids=lambda api: api.name)
+def test_sigterm_during_a_rebalance_leaves_the_group(stream: Stream, api: Api) -> None:
+    """While it joins, and while it asks where its partitions stand."""
+    stream.start("a")
+    stream.running(1)
+    held = stream.inject(Hold, api, "b")
+    joining = stream.start("b")
+    stream.send()
+    held.wait(timeout_s=WAIT_S)
+    joining.send_signal(signal.SIGTERM)
+    time.sleep(0.5)
+    held.lift()
+    assert joining.wait(30) == 0, stream.app.log()[-3000:]
+    stream.app.members.remove(joining)
+    stream.send()
+    stream.arrived()
+
+
+def test_a_full_disk_stops_the_member_and_loses_nothing(stream: Stream) -> None:
+    """A limit on the size of files stands for a full disk: to the system it is the same call that fails."""
+    stream.send()
+    limited = stream.start("a", ("/bin/bash", "-c", 'ulimit -f 1024 && exec "$@"', "-", *RUN))
+    stream.arrived()
+    many = range(stream.sent, stream.sent + 5_000)
+    stream.app.produce(event(n, f"user-{n}") for n in many)
+    assert limited.wait(WAIT_S) == 3, stream.app.log()[-3000:]
+    assert "state.dir=" in stream.app.log()
+    stream.sent += len(many)
+    stream.app.members.remove(limited)
+    stream.start("b")
     stream.arrived()
 
 
@@ -406,15 +534,19 @@ def test_a_committed_offset_that_retention_has_passed_is_refused(stream: Stream)
     assert "set the group's offsets by hand" in stream.app.log()
 
 
-def test_events_in_partitions_that_were_added_are_scored(stream: Stream) -> None:
-    stream.start(consumer={"topic.metadata.refresh.interval.ms": 1000})
+def test_partitions_that_were_added_are_refused(stream: Stream) -> None:
+    """Users have moved to other partitions, and their rows have not: by who runs on, and by who starts anew."""
+    running = stream.start(consumer={"topic.metadata.refresh.interval.ms": 1000})
     stream.send()
     stream.arrived()
     admin = AdminClient({"bootstrap.servers": stream.app.broker.bootstrap_servers})
     for added in admin.create_partitions([NewPartitions(f"{stream.app.name}.events", 4)]).values():
         added.result()
-    stream.send()
-    stream.arrived()
+    assert running.wait(WAIT_S) == 3, stream.app.log()[-3000:]
+    assert "users have moved to other shards and their rows have not" in stream.app.log()
+    again = stream.start("b")
+    assert again.wait(WAIT_S) == 3
+    assert 2 == stream.app.log().count("users have moved to other shards and their rows have not")
 
 
 def test_a_dead_letter_topic_that_disappears_stops_the_stream_and_drops_nothing(stream: Stream) -> None:

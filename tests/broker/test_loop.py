@@ -270,3 +270,12 @@ def _get(url: str) -> str:
             return answer.read().decode()
     except urllib.error.HTTPError as error:  # 503 has a body, too
         return error.read().decode()
+
+
+def test_a_member_told_to_stop_while_it_starts_leaves_in_order(app: App) -> None:
+    member = app.start()
+    until_it_listens = time.monotonic() + 30
+    status = Path(f"/proc/{member.pid}/status")
+    while not int(re.search(r"SigCgt:\s*(\w+)", status.read_text()).group(1), 16) & 1 << (signal.SIGTERM - 1):  # type: ignore[union-attr]
+        assert time.monotonic() < until_it_listens
+    assert app.stop(member) == 0

@@ -30,7 +30,8 @@ from stream_adapt.kafka.topics import CHANGELOG_CONFIG, TopicSpec, create_topics
 from stream_adapt.models import LearnerSpec
 from stream_adapt.pipeline import Pipeline
 from stream_adapt.restore import Slice
-from stream_adapt.runner import Observer, Observers, Pace, Shutdown
+from stream_adapt.runner import Observer, Observers, Pace
+from stream_adapt.shutdown import Shutdown
 from stream_adapt.state.row import ControlRow
 from stream_adapt.testing.broker import read_all
 from stream_adapt.testing.model import random_model

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 
 import msgspec
 from learner_streams import random_model
@@ -19,14 +20,28 @@ from stream_adapt.errors import Fenced, KafkaRefused
 from stream_adapt.kafka.consumer import RebalanceListener
 from stream_adapt.kafka.producer import OutputProducer
 from stream_adapt.pipeline import Pipeline
-from stream_adapt.record import TopicNames
+from stream_adapt.record import ERASE, TopicNames
+from stream_adapt.restore import Expected, Restorer
 from stream_adapt.runner import Observers, Pace, Runner
+from stream_adapt.state.row import CONTROL_KEY, Kind
 from stream_adapt.testing.clocks import SettableClock
-from stream_adapt.testing.scripted import Crash, Effect, Killed, Point, Record, ScriptedBroker, ScriptedConsumer
+from stream_adapt.testing.scripted import (
+    Crash,
+    Effect,
+    Killed,
+    Point,
+    Record,
+    ScriptedBroker,
+    ScriptedConsumer,
+    ScriptedReader,
+)
 
 TOPICS = TopicNames("events", "scores", "dead-letters", "changelog")
 MODEL = random_model("diagonal")
+EXPECTED = Expected(TOPICS, "group", "topic-1", MODEL.version, exactly_once=True)
 FENCE_WINDOW_S = 15.0
+#: Offsets per read of the changelog: restores are cut, too.
+CHANGELOG_CUTS = (7, 3)
 #: No script is so long that a member would have to be started more often.
 MOST_STARTS = 40
 #: Nor does a member need more turns than this without getting on: then it is stuck.
@@ -41,12 +56,19 @@ def record(number: int, user: str) -> Record:
     return user.encode(), msgspec.json.encode({**event, "timestamp": 1000 * number, "label": 1 + number % 5})
 
 
+def erasure(number: int, user: str) -> Record:
+    """Has a user's row erased."""
+    event = {"event_id": f"e{number}", "user_id": user, "event_type": ERASE, "timestamp": 1000 * number}
+    return user.encode(), msgspec.json.encode(event)
+
+
 def records(count: int, partitions: int = 2) -> dict[int, list[Record]]:
-    """Events and, here and there, something that is none; by partition, every user in one of them."""
+    """Events and, here and there, an erasure or something that is none; by partition, every user in one of them."""
     inputs: dict[int, list[Record]] = {p: [] for p in range(partitions)}
     for number in range(count):
-        bad = number % 11 == 10
-        inputs[number % partitions].append(NOT_JSON if bad else record(number, f"u{number % 6}"))
+        user = f"u{number % 6}"
+        one = NOT_JSON if number % 11 == 10 else erasure(number, user) if number % 9 == 8 else record(number, user)
+        inputs[number % partitions].append(one)
     return inputs
 
 
@@ -58,7 +80,7 @@ class Process:
         decoder = Decoder(MODEL.spec.features, MODEL.spec.feedback, now_ms=clock.now_ms)
         emitter = Emitter(TOPICS, "v1", MODEL.spec.feedback.target_level, now_ms=clock.now_ms)
         listener = RebalanceListener(lambda p: self.runner.assigned(p), lambda p: self.runner.revoked(p))
-        consumer = ScriptedConsumer(broker, TOPICS.events, cuts, listener)
+        consumer = self.consumer = ScriptedConsumer(broker, TOPICS.events, cuts, listener)
 
         def make_producer() -> OutputProducer:
             return OutputProducer(
@@ -67,7 +89,18 @@ class Process:
 
         delivery = ExactlyOnce(make_producer, consumer, transactional_id=instance, fence_window_s=FENCE_WINDOW_S)
         pipeline = Pipeline(decoder, self.adapter, emitter)
-        self.runner = Runner(consumer, pipeline, delivery, Observers(), Pace(), clock=clock)  # type: ignore[arg-type]
+        tables = {Kind.USER: self.adapter.users, Kind.ITEM: self.adapter.items}
+        restorer = Restorer(ScriptedReader(broker, TOPICS.changelog, CHANGELOG_CUTS), tables, EXPECTED)
+        self.runner = Runner(
+            consumer,  # type: ignore[arg-type]
+            pipeline,
+            delivery,
+            restorer,
+            Observers(),
+            Pace(),
+            topic_id=EXPECTED.topic_id,
+            clock=clock,
+        )
 
 
 @dataclass
@@ -75,7 +108,7 @@ class Deployment:
     """Members that take turns, until the input is consumed; one that dies is started again.
 
     There is one member, `app.0`. While it stands still `app.1` takes over and does `meanwhile_turns` turns of its own;
-    after that both live.
+    after that both live, and each takes over while the other stands still.
     """
 
     broker: ScriptedBroker
@@ -85,6 +118,7 @@ class Deployment:
     members: dict[str, Process] = field(default_factory=dict)
     starts: int = 0
     exits: list[int] = field(default_factory=list)
+    _turning: str = "app.0"
 
     def run(self) -> None:
         """Until every record is committed."""
@@ -97,7 +131,13 @@ class Deployment:
                     return
         raise AssertionError(f"no end after {MOST_TURNS} turns: {self.broker.offsets}, {self.broker.happened}")
 
+    @property
+    def owner(self) -> Process:
+        """The member that has the partitions."""
+        return next(m for m in self.members.values() if m.consumer is self.broker.member)
+
     def _turn(self, instance: str) -> None:
+        self._turning = instance
         with self._dying(instance):
             self.members[instance].runner.turn()
 
@@ -119,12 +159,17 @@ class Deployment:
             self._start(instance)
 
     def _meanwhile(self) -> None:
-        """Another instance takes over while this one stands still."""
+        """The other instance takes over while this one stands still."""
         self.broker.meanwhile = lambda: None
-        if "app.1" not in self.members:
-            self._start("app.1")
+        still = self._turning
+        other = "app.1" if still == "app.0" else "app.0"
+        if other in self.members:
+            self.broker.join(self.members[other].consumer)
+        else:
+            self._start(other)
         for _ in range(self.meanwhile_turns):
-            self._turn("app.1")
+            self._turn(other)
+        self._turning = still
         self.broker.meanwhile = self._meanwhile
 
 
@@ -143,24 +188,56 @@ def once_each(broker: ScriptedBroker) -> Counter[tuple[int, int]]:
     return Counter((p, offset) for p, records in broker.inputs.items() for offset in range(len(records)))
 
 
-def rows(process: Process) -> dict[str, bytes]:
-    """Every row of a member, as bytes."""
-    tables = {"user": process.adapter.users, "item": process.adapter.items}
-    return {
-        f"{kind} {partition} {name}": table.rows[slot].tobytes()
-        for kind, table in tables.items()
+Rows = dict[tuple[int, bytes], bytes]
+
+
+def rows(process: Process) -> Rows:
+    """Every row of a member, and the control row of every live shard: its bytes, by partition and key."""
+    found = {
+        (partition, prefix + name.encode()): table.layout.to_bytes(table.rows[slot])
+        for prefix, table in ((b"u:", process.adapter.users), (b"i:", process.adapter.items))
         for partition in (0, 1)
         for name, slot in table.items(partition)
     }
+    return found | {(p, CONTROL_KEY): control.to_bytes() for p, control in process.runner.shards.items()}
+
+
+def changelog(broker: ScriptedBroker) -> Rows:
+    """The newest version of every row and control row, as a plain reader under read_committed sees them."""
+    newest = {(w.partition, w.key): w.value for w in broker.committed(TOPICS.changelog)}
+    return {(p, key or b""): value for (p, key), value in newest.items() if value is not None}
+
+
+def restored(deployment: Deployment) -> Rows:
+    """The rows of one more member, who takes everything over when all is over."""
+    successor = Process(deployment.broker, (0,), "successor", deployment.clock)
+    for _ in range(MOST_TURNS):
+        successor.runner.turn()
+        if len(successor.runner.shards) == len(deployment.broker.inputs):
+            return rows(successor)
+    raise AssertionError(f"not restored after {MOST_TURNS} turns")
+
+
+@cache
+def calm_rows(count: int) -> Rows:
+    """What a member to whom nothing happens has at the end."""
+    calm = Deployment(ScriptedBroker(records(count)))
+    calm.run()
+    assert rows(calm.members["app.0"]) == changelog(calm.broker)
+    return changelog(calm.broker)
 
 
 def survived(
     crashes: Sequence[Crash], count: int = 40, cuts: Sequence[int] = (5,), meanwhile_turns: int = 3
 ) -> Deployment:
-    """Runs a script to its end; every input has one visible output, and a member that never died has a calm one's rows.
+    """Runs a script to its end; every input has one visible output, and every row is a calm run's, byte for byte.
+
+    The rows are looked at three times: in the changelog, in the member that has them at the end, if it is done with
+    restoring, and in a successor that restores all of them. A member that has no partitions has no rows.
 
     Raises:
         AssertionError: something was lost, came twice, or is not as in a calm run.
+        StateMismatch: rows and offsets came apart.
     """
     deployment = Deployment(ScriptedBroker(records(count), crashes), cuts, meanwhile_turns)
     deployment.run()
@@ -168,11 +245,17 @@ def survived(
     assert once_each(deployment.broker) == outputs(deployment.broker), happened
     # Only a producer that cannot be had ends a member in order.
     assert 3 not in deployment.exits or any(crash.point is Point.INIT for crash in happened), happened
-    if deployment.starts == 1:
-        calm = Deployment(ScriptedBroker(records(count)))
-        calm.run()
-        assert rows(calm.members["app.0"]) == rows(deployment.members["app.0"]), happened
+    calm = calm_rows(count)
+    assert calm == changelog(deployment.broker), happened
+    owner = deployment.owner
+    if len(owner.runner.shards) == len(deployment.broker.inputs):
+        assert calm == rows(owner), happened
+    deployment.broker.calm_down()
+    for member in deployment.members.values():
+        member.runner.turn()
+        assert member is owner or rows(member) == {}, happened
+    assert calm == restored(deployment), happened
     return deployment
 
 
-__all__ = ["Crash", "Deployment", "Effect", "Point", "once_each", "outputs", "rows", "survived"]
+__all__ = ["Crash", "Deployment", "Effect", "Point", "changelog", "once_each", "outputs", "records", "survived"]

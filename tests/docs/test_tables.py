@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import ast
+import subprocess
+import sys
+from collections import Counter
 from functools import cache
 
 import generate
@@ -13,6 +15,7 @@ from flags import FLAGS
 from rules import RULES
 
 TESTS = generate.ROOT / "tests"
+NAMED = [test for rule in RULES for test in rule.tests] + [fault.test for fault in FAULTS]
 
 
 def test_generated_parts_are_what_the_tables_say() -> None:
@@ -22,15 +25,25 @@ def test_generated_parts_are_what_the_tables_say() -> None:
 
 
 @cache
-def _tests(path: str) -> set[str]:
-    tree = ast.parse((TESTS / path).read_text(encoding="utf-8"))
-    return {node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef)}
+def _collected() -> dict[str, set[str]]:
+    """Every test that pytest finds in the files of the tables: path and name → its parameters."""
+    paths = sorted({test.partition("::")[0] for test in NAMED})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "--no-header", *paths]
+    done = subprocess.run(command, cwd=TESTS, capture_output=True, text=True, check=False, timeout=120)
+    assert done.returncode == 0, done.stdout[-2000:]
+    found: dict[str, set[str]] = {}
+    for line in done.stdout.splitlines():
+        test, _, parameters = line.removeprefix("tests/").partition("[")
+        found.setdefault(test, set()).add(parameters)
+    return found
 
 
-@pytest.mark.parametrize("test", [t for rule in RULES for t in rule.tests] + [f.test for f in FAULTS])
-def test_every_test_that_is_named_exists(test: str) -> None:
-    path, _, name = test.partition("::")
-    assert name.partition("[")[0] in _tests(path)
+@pytest.mark.parametrize("test", sorted(set(NAMED)))
+def test_every_test_that_is_named_is_collected(test: str) -> None:
+    name, bracket, parameters = test.partition("[")
+    found = _collected().get(name)
+    assert found, "there is no such test"
+    assert not bracket or parameters in found, "it has no such parameters"
 
 
 def test_nothing_is_listed_twice() -> None:
@@ -38,3 +51,9 @@ def test_nothing_is_listed_twice() -> None:
     rows = [(flag.api, flag.error, flag.applied) for flag in FLAGS]
     assert len(set(names)) == len(names)
     assert len(set(rows)) == len(rows)
+
+
+def test_modules_have_names_of_their_own() -> None:
+    """Else pytest collects the first of two and stops at the second."""
+    names = Counter(path.name for path in TESTS.rglob("test_*.py"))
+    assert [] == [name for name, count in names.items() if count > 1]

@@ -182,6 +182,7 @@ def test_what_the_clients_are_given_beyond_the_operators_word_is_owned() -> None
     config = load(None, {}).config
     fixed = {**properties.consumer(config), **properties.producer(config)}
     ours_to_tune = {"client.id", "socket.timeout.ms", "queued.max.messages.kbytes", "fetch.queue.backoff.ms"}
+    ours_to_tune |= {"max.poll.interval.ms"}
     ours_to_tune |= {"linger.ms", "queue.buffering.max.messages", "queue.buffering.max.kbytes", "partitioner"}
     assert set(fixed) - ours_to_tune <= set(OWNED_PROPERTIES)
 

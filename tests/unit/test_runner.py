@@ -19,7 +19,8 @@ from stream_adapt.emit import Emitter
 from stream_adapt.kafka.consumer import Positions
 from stream_adapt.pipeline import Pipeline
 from stream_adapt.record import Outputs, RawBatch, TopicNames, Work
-from stream_adapt.runner import CHUNK, Observers, Pace, Runner, Shutdown, StopAtOnce
+from stream_adapt.runner import CHUNK, Observers, Pace, Runner
+from stream_adapt.shutdown import Shutdown, StopAtOnce
 
 
 def record(number: int, user: str = "ann") -> tuple[bytes, bytes]:

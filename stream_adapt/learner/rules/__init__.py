@@ -48,3 +48,13 @@ def find(name: str) -> Rule:
     """The rule of that name."""
     rule: Rule = import_module(f"{__name__}.{name}").RULE
     return rule
+
+
+def user_layout(spec: LearnerSpec) -> Layout:
+    """Row of a user under the rule that `spec` names."""
+    return find(spec.rule).user_layout(spec)
+
+
+def item_layout(spec: LearnerSpec) -> Layout:
+    """Row of an item under the rule that `spec` names."""
+    return find(spec.rule).item_layout(spec)

@@ -12,8 +12,9 @@ from process import Crash, Deployment, Effect, Point, once_each, outputs, record
 
 from stream_adapt.adapt import Adapter
 from stream_adapt.commit import ExactlyOnce, Outcome
+from stream_adapt.errors import StateMismatch
 from stream_adapt.kafka.producer import OutputProducer
-from stream_adapt.testing.scripted import ScriptedBroker, ScriptedConsumer
+from stream_adapt.testing.scripted import ScriptedBroker, ScriptedConsumer, ScriptedReader
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -37,45 +38,73 @@ def _nothing_reached(_delivery: ExactlyOnce, error: Exception, _next_offsets: Ma
     return Outcome.ABORTED
 
 
+def _only_what_can_be_read(reader: ScriptedReader, partition: int) -> int:
+    """Where a changelog partition ends for a reader under read_committed."""
+    written = reader._broker.partition(reader.topic, partition)
+    return next((offset for offset, record in enumerate(written) if record.open), len(written))
+
+
+_assigned = ScriptedConsumer._assigned
+
+
+def _read_at_once(consumer: ScriptedConsumer) -> None:
+    """Partitions are read as soon as they are assigned, whether their rows are there or not."""
+    _assigned(consumer)
+    consumer.resume(list(consumer.paused))
+
+
 def _without(target: object, name: str, put: object = None) -> AbstractContextManager[object]:
     return mock.patch.object(target, name, put or (lambda *_args, **_options: None))
 
 
-#: Which rule, how it is switched off, and what then goes wrong.
+#: A member stands still, another takes over; later that one stands still, and the first takes over again.
+THERE_AND_BACK = [Crash(Point.BEGIN, 3, Effect.STOPPED), Crash(Point.BEGIN, 7, Effect.STOPPED)]
+
+#: Which rule, how it is switched off, and what must not happen then.
 SWITCHED_OFF = {
     "3: the generation at the time of the poll is the fence": (
         _without(ScriptedConsumer, "group_metadata", _newest_generation),
-        Crash(Point.PRODUCE, 2, Effect.STOPPED),
+        [Crash(Point.PRODUCE, 2, Effect.STOPPED)],
     ),
     "5: an abort puts the rows back": (
         _without(Adapter, "abort"),
-        Crash(Point.SEND_OFFSETS, 2, Effect.ABORTABLE),
+        [Crash(Point.SEND_OFFSETS, 2, Effect.ABORTABLE)],
     ),
     "5: an abort rewinds": (
         _without(ScriptedConsumer, "rewind"),
-        Crash(Point.SEND_OFFSETS, 2, Effect.ABORTABLE),
+        [Crash(Point.SEND_OFFSETS, 2, Effect.ABORTABLE)],
     ),
     "6: a lost commit is looked up, not taken for done": (
         _without(ExactlyOnce, "_recover", _everything_reached),
-        Crash(Point.COMMIT, 2, Effect.FATAL),
+        [Crash(Point.COMMIT, 2, Effect.FATAL)],
     ),
     "6: a lost commit is looked up, not taken for undone": (
         _without(ExactlyOnce, "_recover", _nothing_reached),
-        Crash(Point.COMMIT, 2, Effect.FATAL_AFTER),
+        [Crash(Point.COMMIT, 2, Effect.FATAL_AFTER)],
     ),
     "8: no transaction begins while an EndTxn is under way": (
         mock.patch.object(OutputProducer, "needs_replacement", PropertyMock(return_value=False)),
-        Crash(Point.COMMIT, 2, Effect.DELAYED),
+        [Crash(Point.COMMIT, 2, Effect.DELAYED)],
+    ),
+    "10: partitions that are taken away take their rows along": (_without(Adapter, "drop"), THERE_AND_BACK),
+    "10: nothing is read before the rows are there": (
+        _without(ScriptedConsumer, "_assigned", _read_at_once),
+        [Crash(Point.COMMIT, 3, Effect.KILL_AFTER)],
+    ),
+    "11: what is under way in the changelog is waited for": (
+        _without(ScriptedReader, "end", _only_what_can_be_read),
+        [Crash(Point.COMMIT, 3, Effect.OVERTAKEN)],
     ),
 }
 
 
 @pytest.mark.parametrize("rule", SWITCHED_OFF)
 def test_without_a_rule_a_script_ends_badly(rule: str) -> None:
-    off, crash = SWITCHED_OFF[rule]
-    survived([crash])
-    with off, pytest.raises(AssertionError):
-        survived([crash])
+    off, crashes = SWITCHED_OFF[rule]
+    survived(crashes)
+    with off, pytest.raises((AssertionError, StateMismatch)) as badly:
+        survived(crashes)
+    assert "started" not in str(badly.value), "it must be what the rule prevents"
 
 
 def test_an_output_that_is_too_large_becomes_a_dead_letter_and_the_stream_goes_on() -> None:

@@ -1,0 +1,92 @@
+"""Every Kafka client of a member and of the commands, made in one place: their lines go to the log like ours.
+
+librdkafka writes to stderr in a form of its own unless it is given a logger; then its lines wait in a queue until the
+client is polled. An outage makes it repeat one line some twenty times a second: what is repeated is counted instead.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import structlog
+from confluent_kafka import Consumer, Producer
+from confluent_kafka.admin import AdminClient
+
+log = structlog.get_logger(__name__)
+
+Settings = Mapping[str, Any]
+
+#: Between two lines that say the same.
+REPEAT_S = 10.0
+
+
+def consumer(settings: Settings) -> Consumer:
+    """A consumer; its lines come out when it polls."""
+    return Consumer(dict(settings), logger=LIBRDKAFKA)
+
+
+def producer(settings: Settings) -> Producer:
+    """A producer; its lines come out when it polls or flushes."""
+    return Producer(dict(settings), logger=LIBRDKAFKA)
+
+
+def admin(settings: Settings) -> AdminClient:
+    """An admin client. It answers by futures and never polls by itself: `tell` after a call."""
+    return AdminClient(dict(settings), logger=LIBRDKAFKA)
+
+
+def tell(client: AdminClient) -> None:
+    """Lets an admin client write the lines that it has kept back."""
+    client.poll(0)
+
+
+class Repeated:
+    """Which of the lines about one thing are shown: the first, then one in `REPEAT_S`, with a count of the others."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._shown_s: dict[str, float] = {}
+        self._held_back: dict[str, int] = {}
+
+    def due(self, thing: str) -> int | None:
+        """Lines held back since the last one that was shown; None: hold this one back, too."""
+        now = self._clock()
+        if thing in self._shown_s and now - self._shown_s[thing] < REPEAT_S:
+            self._held_back[thing] = self._held_back.get(thing, 0) + 1
+            return None
+        self._shown_s[thing] = now
+        return self._held_back.pop(thing, 0)
+
+
+#: `FAIL [client] [thrd:…]: broker: reason`, and ERROR where nobody asked for errors to be called back.
+_CONNECTION = re.compile(r"(?:FAIL|ERROR) \[(?P<client>[^\]]*)\] \[thrd:[^\]]*\]: (?P<said>.*)", re.DOTALL)
+_BROKER = re.compile(r"(?:[^ ]*: )?(?P<broker>[^ ]+:\d+(?:/[^ :]+)?): (?P<reason>.*)", re.DOTALL)
+
+
+class ConnectionErrors(logging.Filter):
+    """Turns librdkafka's lines about connections into warnings with broker and reason, few of them."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        super().__init__()
+        self._repeated = Repeated(clock)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """Whether the line goes on as it is."""
+        found = _CONNECTION.match(record.getMessage())
+        if found is None:
+            return True
+        repeated = self._repeated.due(found["client"])
+        if repeated is not None:
+            at = _BROKER.match(found["said"])
+            told = {"broker": at["broker"], "reason": at["reason"]} if at else {"reason": found["said"]}
+            log.warning("broker connection", client=found["client"], **told, repeated=repeated)
+        return False
+
+
+#: Where librdkafka's lines go.
+LIBRDKAFKA = logging.getLogger("librdkafka")
+LIBRDKAFKA.addFilter(ConnectionErrors())
