@@ -25,6 +25,7 @@ from stream_adapt.errors import ConfigError, ModelError
 from stream_adapt.kafka import clients, properties
 from stream_adapt.kafka.changelog import ChangelogReader, Records
 from stream_adapt.learner import rules
+from stream_adapt.learner.rules.compiled import HORIZON
 from stream_adapt.models import LearnerSpec, Model
 from stream_adapt.state.row import CONTROL_KEY, PREFIX, ControlRow, Kind, fingerprint_of
 
@@ -90,7 +91,7 @@ class ShownRow(msgspec.Struct):
     last_event: str | None  # ISO 8601, UTC
     deviation: list[float]  # [D+1] fast weights less their prior, w − w₀, as of the last event; the last is the bias
     deviation_sd: list[float] | None  # [D+1] √ of P's diagonal; None: the rule keeps no variance
-    prior_mean: list[float] | None  # [D+1] m₀, which user attributes add to; None: no model
+    prior_mean: list[float] | None  # [D+1] m₀ + B ψ, which user attributes add to; None: no model
     weights: list[float] | None  # [D+1] m₀ + deviation; None: no model, or user attributes add to m₀
     events: list[RingEvent]  # the newest first
     contributions: list[Composition]
@@ -253,7 +254,11 @@ def _recognised(value: bytes) -> LearnerSpec | None:
 
 
 #: Settings that rows' forms differ in, beside their sizes.
-_FORMS: tuple[dict[str, Any], ...] = ({"covariance": "diagonal"}, {"covariance": "full"}, {"rule": "gradient"})
+_FORMS: tuple[dict[str, Any], ...] = tuple(
+    {**form, **implicit}
+    for form in ({"covariance": "diagonal"}, {"covariance": "full"}, {"rule": "gradient"})
+    for implicit in ({}, {"implicit": 0})
+)
 #: Header, checksum and gaps of a row's value, at most.
 _SLACK_BYTES = 48
 
@@ -261,7 +266,7 @@ _SLACK_BYTES = 48
 def _least_bytes(spec: LearnerSpec) -> int:
     width = spec.dimension + 1
     variances = 0 if spec.rule == "gradient" else width if spec.covariance == "diagonal" else width * (width + 1) // 2
-    return 12 + 4 * width + 4 * variances + 21 * spec.ring
+    return 12 + 4 * width + 4 * variances + 4 * spec.implicit + 21 * spec.ring
 
 
 def _shown(partition: int, row: Any, spec: LearnerSpec, found: _Found, items: _Found, model: Model | None) -> ShownRow:
@@ -272,7 +277,7 @@ def _shown(partition: int, row: Any, spec: LearnerSpec, found: _Found, items: _F
     variance = diagonal(row["P"], len(deviation)) if "P" in row.dtype.names else None
     names = {_hash_of(key): key[2:].decode(errors="backslashreplace") for key in items.values}
     events = [_event(row, at, names, model) for at in ring_order(count, spec.ring)[::-1]]
-    prior = model.weights.prior_mean.astype(np.float64) if model else None
+    prior = _prior(model, row) if model else None
     attributes = model is not None and len(model.weights.user_vector) > 0
     rows = _item_rows(items, spec)
     last = dict.fromkeys(event.item_hash for event in events)
@@ -286,7 +291,9 @@ def _shown(partition: int, row: Any, spec: LearnerSpec, found: _Found, items: _F
         _rounded(prior) if prior is not None else None,
         _rounded(prior + deviation) if prior is not None and not attributes else None,
         events,
-        [compose(model, deviation, int(h, 16), rows, names) for h in list(last)[:_EXPLAINED]] if model else [],
+        [compose(model, prior, deviation, int(h, 16), rows, names) for h in list(last)[:_EXPLAINED]]
+        if model and prior is not None
+        else [],
     )
 
 
@@ -340,8 +347,21 @@ def _item_rows(items: _Found, spec: LearnerSpec) -> dict[int, tuple[float, Float
     return {int(h): (float(c[i]), delta[i]) for i, h in enumerate(rows["hash"])}
 
 
+def _prior(model: Model, row: Any) -> Floats:
+    """m₀ + B ψ `[D+1]`: the prior mean, as the items that the user has learned of move it."""
+    weights, count = model.weights, int(row["count"])
+    state = row["implicit"].astype(np.float64) / np.sqrt((1.0 + count) * (1.0 + count / HORIZON))  # [H] ψ
+    moved: Floats = weights.prior_mean.astype(np.float64) + state @ weights.implicit_map
+    return moved
+
+
 def compose(
-    model: Model, deviation: Floats, item: int, rows: Mapping[int, tuple[float, Floats]], names: Mapping[int, str]
+    model: Model,
+    prior: Floats,
+    deviation: Floats,
+    item: int,
+    rows: Mapping[int, tuple[float, Floats]],
+    names: Mapping[int, str],
 ) -> Composition:
     """How z of an item comes about, from what row and model say without features: z = b + c + ⟨w₀ + d, [x + δ; 1]⟩."""
     weights = model.weights
@@ -349,7 +369,7 @@ def compose(
     at = _known(model, item)
     vector = weights.item_vector[at].astype(np.float64) if at is not None else np.zeros(size + 1)
     learned, delta = rows.get(item, (0.0, np.zeros(size)))
-    x, prior = vector[:size] + delta, weights.prior_mean.astype(np.float64)
+    x = vector[:size] + delta
     of_prior, of_deviation = prior[:size] * x, deviation[:size] * x
     adds = of_prior + of_deviation
     parts = {

@@ -62,7 +62,7 @@ class Overlay:
             table.put(slots, rows)
         undoable = self._undoable()
         for table in self._tables:
-            for slot in occupied(table, table.created).tolist():
+            for slot in occupied(table, table.created)[::-1].tolist():  # the next try gets the same slots
                 table.remove(int(table.partition_of[slot]), table.ids[slot])
         for table, partition, row_id, slot in undoable:
             table.relink(partition, row_id, slot)

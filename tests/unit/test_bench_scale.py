@@ -11,7 +11,7 @@ from stream_adapt.bench_scale import Scale, ScaleResult, _limit_file, _limited, 
 
 def test_every_user_gets_a_row_and_the_figures_fit_together(tmp_path: Path) -> None:
     result = run_scale(Scale(users=20_001, events=5_000, partitions=3, folder=str(tmp_path)), print)
-    assert (20_001, 488, None, None) == (result.rows, result.row_bytes, result.limit_bytes, result.charged_bytes)
+    assert (20_001, 512, None, None) == (result.rows, result.row_bytes, result.limit_bytes, result.charged_bytes)
     assert result.rows * result.row_bytes <= result.slab_bytes
     assert result.resident_bytes > result.base_bytes > 0
     assert min(result.events_per_s, result.uniform_events_per_s, result.new_users_per_s) > 0

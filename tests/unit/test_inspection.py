@@ -132,7 +132,9 @@ def test_a_users_row_is_shown_in_every_partition_that_has_it(shop: Shop) -> None
     assert sum(map(len, shop.changelog.partitions.values())) == shown.records
     row = shop.row(0, "ann")
     assert row["d"].tolist() == pytest.approx(shown.rows[0].deviation, abs=1e-6)
-    prior = shop.model.weights.prior_mean
+    learned = int(row["count"])
+    state = row["implicit"] / np.sqrt((1 + learned) * (1 + learned / 512))
+    prior = shop.model.weights.prior_mean + state @ shop.model.weights.implicit_map
     assert (prior + row["d"]).tolist() == pytest.approx(shown.rows[0].weights, abs=1e-6)
     ms = int(row["last_ms"])
     assert shown.rows[0].last_event == str(np.datetime64(ms, "ms")) + "Z"

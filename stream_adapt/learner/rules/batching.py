@@ -453,7 +453,8 @@ def remember(users: Any, seen: Seen, z: Tensor, taught: Tensor) -> Any:
 def prior_mean(theta: Theta, users: Any, seen: Seen) -> Tensor:
     """w₀ + B ψ `[m, D+1]`: the prior mean, as the items that the users have learned of move it."""
     state: Tensor = users.implicit.double() * implicit_scale(users.count)[:, None]  # [m, H] ψ
-    return seen.w0 + state @ theta.implicit_map
+    # No matrix product: the order of its sums may change with where a batch lies in memory, and so may its last bit.
+    return seen.w0 + (state[:, :, None] * theta.implicit_map).sum(1)
 
 
 def implicit_scale(count: Tensor) -> Tensor:
