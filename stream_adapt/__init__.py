@@ -22,7 +22,7 @@ Around it:
     inspection  export              what is known of one user; all rows as Parquet
     dead_letters  erasure           what an operator does about refused records, and for a user who wants out
     config  logs  metrics  health   what an operator sets and sees
-    shutdown                        being told to stop
+    shutdown  watchdog              being told to stop; a call that does not come back
     cli  demo/  bench  evaluate/    commands, and what they measure: live, in speed, and in quality
     chaos/                          everything that goes wrong, on a real broker, and a count at the end
     river                           the learner as an estimator of River

@@ -41,6 +41,7 @@ from stream_adapt.restore import Expected, Restorer
 from stream_adapt.runner import Observer, Observers, Pace, Runner
 from stream_adapt.shutdown import Shutdown
 from stream_adapt.state.row import Kind
+from stream_adapt.watchdog import Watchdog
 
 log = structlog.get_logger(__name__)
 
@@ -247,12 +248,16 @@ def build_delivery(config: Config, consumer: InputConsumer) -> Delivery:
     exactly_once = config.delivery == "exactly_once"
     settings = properties.producer(config)
 
+    watchdog = Watchdog()
+    watchdog.start()
+
     def make_producer() -> OutputProducer:
         return OutputProducer(
             settings,
             transactional_id=config.transactional_id if exactly_once else None,
             socket_timeout_s=float(settings["socket.timeout.ms"]) / 1000,
             deadline_s=_DEADLINE_TIMEOUTS * timeout_s,
+            watch=watchdog.watch,
         )
 
     if not exactly_once:

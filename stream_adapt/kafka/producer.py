@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import repeat
 from typing import Any
@@ -29,12 +30,22 @@ log = structlog.get_logger(__name__)
 
 #: One try of a call that may block; between tries signals are handled, and two within one try are one.
 _TRY_S = 1.0
+#: A call that takes so many deadlines does not come back by itself.
+_OVERDUE = 2
 #: Share of socket.timeout.ms after which a commit counts as having been sent more than once.
 _SLOW_SHARE = 0.8
 #: In place of a partition: the partitioner decides, by the key.
 _BY_KEY = -1
 #: How long `produce` waits for room when the local queue is full, before it serves callbacks again.
 _QUEUE_FULL_WAIT_S = 0.1
+
+
+#: Watches a call of that name, which may take so many seconds.
+Watch = Callable[[str, float], AbstractContextManager[None]]
+
+
+def _unwatched(_call: str, _seconds: float) -> AbstractContextManager[None]:
+    return nullcontext()
 
 
 class ProducerError(Exception):
@@ -112,6 +123,7 @@ class OutputProducer:
         socket_timeout_s: float,
         deadline_s: float,
         client: Callable[[dict[str, Any]], Producer] = clients.producer,
+        watch: Watch = _unwatched,
     ) -> None:
         self.careful = False
         self.suspect = False
@@ -120,13 +132,14 @@ class OutputProducer:
         self._slow_s = socket_timeout_s * _SLOW_SHARE
         self._deadline_s = deadline_s
         self._failures: list[tuple[KafkaError, Source | None]] = []
-        self._watch = CoordinatorWatch()
+        self._watch = watch
+        self._coordinator = CoordinatorWatch()
         settings = {
             **properties,
             "enable.idempotence": True,
             "delivery.report.only.error": True,
             "on_delivery": self._failed,
-            "stats_cb": self._watch.read,
+            "stats_cb": self._coordinator.read,
             "statistics.interval.ms": 1000,
         }
         if transactional_id is not None:
@@ -138,7 +151,7 @@ class OutputProducer:
     @property
     def needs_replacement(self) -> bool:
         """Whether the next transaction should begin on a new producer (rule 8)."""
-        return self._transactional_id is not None and (self.suspect or self._watch.moved)
+        return self._transactional_id is not None and (self.suspect or self._coordinator.moved)
 
     def begin(self) -> None:
         """Begins a transaction."""
@@ -239,7 +252,8 @@ class OutputProducer:
         deadline = time.monotonic() + self._deadline_s
         while True:
             try:
-                return call(_TRY_S) if blocks and name != "begin_transaction" else call()
+                with self._watch(name, _OVERDUE * self._deadline_s):
+                    return call(_TRY_S) if blocks and name != "begin_transaction" else call()
             except (KafkaException, SystemError) as raised:
                 error = kafka_error(raised)
                 if error is None:
