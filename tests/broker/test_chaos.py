@@ -204,14 +204,16 @@ def test_a_short_run_loses_nothing_doubles_nothing_and_leaves_rows_as_a_calm_run
     """Kills, a stop, faults of the network and a restart of the broker in less than half a minute."""
     folder = tmp_path / "kept"
     result = run_chaos(ChaosOptions(minutes=0.4, seed=4, members=2, per_second=150, keep=folder), Console(stderr=True))
-    if result.markers_left_out and not result.ok:
+    # What Kafka may do by itself is to show records of an aborted transaction; it loses nothing, and rows stay right.
+    assert (0, 0, 0) == (result.lost, result.unexpected, result.invalid), result.faults
+    assert (0, 0) == (result.rows_different, result.scores_different), result.faults
+    if result.markers_left_out and result.doubled:
         pytest.skip(f"Apache Kafka itself broke a transaction: {result.notes}; {result.faults}")
+    assert result.doubled == 0
     assert result.ok, result.faults
-    assert (0, 0, 0, 0) == (result.lost, result.doubled, result.unexpected, result.invalid)
     assert result.inputs == result.outputs > 1_000
     assert result.dead_letters > 0
     assert result.kills + result.skipped >= 2
     assert result.stops + result.skipped >= 1
     assert result.broker_restarts == 1
     assert result.rows_compared > 100
-    assert (0, 0) == (result.rows_different, result.scores_different)
