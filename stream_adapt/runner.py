@@ -138,6 +138,7 @@ class Runner:
         breaker: Breaker | None = None,
         quarantine: Quarantine | None = None,
         clock: Callable[[], float] = time.time,
+        sleep: Callable[[float], object] = time.sleep,
     ) -> None:
         self.shards: dict[int, ControlRow] = {}
         self.events = 0
@@ -151,6 +152,7 @@ class Runner:
         self._breaker = breaker
         self._quarantine = quarantine or Quarantine()
         self._clock = clock
+        self._sleep = sleep
         self._pause_s = _FIRST_PAUSE_S
         self._computing_s = 0.0  # of the batch's commit, spent on making what is committed
 
@@ -262,7 +264,7 @@ class Runner:
         self._pipeline.adapter.abort()
         self._consumer.rewind()
         self._observer.aborted()
-        time.sleep(self._pause_s)
+        self._sleep(self._pause_s)
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
     def _control_row(self, partition: int, next_offset: int) -> ControlRow:

@@ -100,6 +100,7 @@ class Process:
             Pace(),
             topic_id=EXPECTED.topic_id,
             clock=clock,
+            sleep=lambda _s: None,
         )
 
 

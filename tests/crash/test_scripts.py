@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from unittest import mock
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -14,12 +11,6 @@ from stream_adapt.testing.scripted import POSSIBLE
 
 #: Everything that can happen, at the points where it can.
 EVERYTHING = [(point, effect) for point, effects in POSSIBLE.items() for effect in effects]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_pause() -> Iterator[None]:
-    with mock.patch("stream_adapt.runner.time.sleep"):
-        yield
 
 
 def test_nothing_happens() -> None:

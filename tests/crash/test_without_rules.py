@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from unittest import mock
 from unittest.mock import PropertyMock
@@ -15,12 +15,6 @@ from stream_adapt.commit import ExactlyOnce, Outcome
 from stream_adapt.errors import StateMismatch
 from stream_adapt.kafka.producer import OutputProducer
 from stream_adapt.testing.scripted import ScriptedBroker, ScriptedConsumer, ScriptedReader
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _no_pause() -> Iterator[None]:
-    with mock.patch("stream_adapt.runner.time.sleep"):
-        yield
 
 
 def _newest_generation(consumer: ScriptedConsumer) -> bytes:

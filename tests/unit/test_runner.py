@@ -129,17 +129,14 @@ def build(log: Log, broker: Broker, restorer: Restorer | None = None, **pace: An
     topics = TopicNames("events", "scores", "dead", "changelog")
     decoder = Decoder(model.spec.features, model.spec.feedback)
     pipeline = Pipeline(decoder, adapter, Emitter(topics, "v1", model.spec.feedback.target_level, now_ms=lambda: 0))
-    runner = Runner(log, pipeline, broker, restorer or Restorer(), seen, Pace(**pace), clock=lambda: 0.0)  # type: ignore[arg-type]
+    runner = Runner(
+        log, pipeline, broker, restorer or Restorer(), seen, Pace(**pace), clock=lambda: 0.0, sleep=lambda _s: None
+    )  # type: ignore[arg-type]
     return runner, adapter, seen
 
 
 def rows(adapter: Adapter) -> dict[str, bytes]:
     return {user: adapter.users.rows[slot].tobytes() for user, slot in adapter.users.items(0)}
-
-
-@pytest.fixture(autouse=True)
-def _no_pause(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stream_adapt.runner.time.sleep", lambda _s: None)
 
 
 def test_an_aborted_batch_is_done_again_and_ends_as_if_nothing_had_happened() -> None:
