@@ -32,10 +32,10 @@ log = structlog.get_logger(__name__)
 _TRY_S = 1.0
 #: A call that takes so many deadlines does not come back by itself.
 _OVERDUE = 2
-#: Of a connection on which nothing was said for so long, in ms: it is closed, and opened when it is needed again.
+#: A connection on which nothing was said for so many socket time-outs is closed, and opened when it is needed again.
 #: librdkafka looks for a lost group coordinator again only when some connection changes its state, and pays no heed to
 #: the time-out of send_offsets_to_transaction meanwhile (librdkafka issue 5456). This is what makes one change.
-_IDLE_MS = 20_000
+_IDLE_TIMEOUTS = 2
 #: After so long at rest whatever went wrong before it is in the statistics, which come every second.
 _AT_REST_S = 3.0
 #: Share of socket.timeout.ms after which a commit counts as having been sent more than once.
@@ -153,7 +153,7 @@ class OutputProducer:
         self._watch = watch
         self._coordinator = CoordinatorWatch()
         settings = {
-            "connections.max.idle.ms": _IDLE_MS,
+            "connections.max.idle.ms": int(1000 * _IDLE_TIMEOUTS * socket_timeout_s),
             **properties,
             "enable.idempotence": True,
             "delivery.report.only.error": True,
