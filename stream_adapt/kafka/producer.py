@@ -32,12 +32,6 @@ log = structlog.get_logger(__name__)
 _TRY_S = 1.0
 #: A call that takes so many deadlines does not come back by itself.
 _OVERDUE = 2
-#: A connection on which nothing was said for so many socket time-outs is closed, and opened when it is needed again.
-#: librdkafka looks for a lost group coordinator again only when some connection changes its state, and pays no heed to
-#: the time-out of send_offsets_to_transaction meanwhile (librdkafka issue 5456). This is what makes one change.
-_IDLE_TIMEOUTS = 2
-#: After so long at rest whatever went wrong before it is in the statistics, which come every second.
-_AT_REST_S = 3.0
 #: Share of socket.timeout.ms after which a commit counts as having been sent more than once.
 _SLOW_SHARE = 0.8
 #: In place of a partition: the partitioner decides, by the key.
@@ -95,30 +89,18 @@ class CoordinatorWatch:
     class _Statistics(msgspec.Struct):
         brokers: dict[str, Any] = {}
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self) -> None:
         self._total = 0
         self._acknowledged: int | None = None
         self._statistics = msgspec.json.Decoder(self._Statistics)
-        self._clock = clock
-        self._resting_since: float | None = None
-
-    def begin(self) -> None:
-        """Requests are under way from now on."""
-        self._resting_since = None
-
-    def rest(self) -> None:
-        """None is under way from now on. What happens to the connection then, some time later, is nothing to us."""
-        self._resting_since = self._clock()
 
     def read(self, statistics: str) -> None:
         """Takes in one report of the client."""
         brokers = self._statistics.decode(statistics).brokers
         found = [msgspec.convert(b, self._Broker) for name, b in brokers.items() if name.startswith("TxnCoordinator")]
-        before, self._total = self._total, sum(b.req_timeouts + b.disconnects for b in found)
+        self._total = sum(b.req_timeouts + b.disconnects for b in found)
         if self._acknowledged is None:
             self._acknowledged = self._total
-        elif self._resting_since is not None and self._clock() - self._resting_since > _AT_REST_S:
-            self._acknowledged += self._total - before
 
     @property
     def moved(self) -> bool:
@@ -153,7 +135,11 @@ class OutputProducer:
         self._watch = watch
         self._coordinator = CoordinatorWatch()
         settings = {
-            "connections.max.idle.ms": int(1000 * _IDLE_TIMEOUTS * socket_timeout_s),
+            # With all brokers out of reach librdkafka would begin anew from the bootstrap list and forget the brokers
+            # that it knows; a group coordinator among them is then waited for in vain, without regard to the time-out
+            # of send_offsets_to_transaction (its issues 5456 and 5511). This producer is replaced when it is lost, and
+            # that begins from the bootstrap list, too.
+            "metadata.recovery.strategy": "none",
             **properties,
             "enable.idempotence": True,
             "delivery.report.only.error": True,
@@ -166,7 +152,6 @@ class OutputProducer:
         self._producer = client(settings)
         if transactional_id is not None:
             self._call("init_transactions", self._producer.init_transactions)
-            self._coordinator.rest()
 
     @property
     def needs_replacement(self) -> bool:
@@ -176,7 +161,6 @@ class OutputProducer:
     def begin(self) -> None:
         """Begins a transaction."""
         self._failures.clear()
-        self._coordinator.begin()
         self._call("begin_transaction", self._producer.begin_transaction)
 
     def send(self, outputs: Outputs) -> None:
@@ -230,7 +214,6 @@ class OutputProducer:
         started = time.monotonic()
         try:
             self._call("commit_transaction", self._producer.commit_transaction)
-            self._coordinator.rest()
         finally:
             self.suspect = self.suspect or time.monotonic() - started > self._slow_s
 
@@ -239,7 +222,6 @@ class OutputProducer:
         started = time.monotonic()
         try:
             self._call("abort_transaction", self._producer.abort_transaction)
-            self._coordinator.rest()
         finally:
             self.suspect = self.suspect or time.monotonic() - started > self._slow_s
 

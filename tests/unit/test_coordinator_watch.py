@@ -7,7 +7,6 @@ import json
 import pytest
 
 from stream_adapt.kafka.producer import CoordinatorWatch
-from stream_adapt.testing.clocks import SettableClock
 
 
 def report(name: str = "TxnCoordinator", **counters: int) -> str:
@@ -54,30 +53,3 @@ def test_a_report_without_brokers_moves_nothing() -> None:
     watch.read("{}")
     watch.read(json.dumps({"brokers": {"TxnCoordinator": {}}}))
     assert not watch.moved
-
-
-def test_a_connection_that_is_closed_at_rest_moves_nothing() -> None:
-    clock = SettableClock()
-    watch = CoordinatorWatch(clock)
-    watch.read(report())
-    watch.begin()
-    watch.rest()
-    clock.jump(20)
-    watch.read(report(disconnects=1))
-    assert not watch.moved
-    watch.begin()
-    watch.read(report(disconnects=2))
-    assert watch.moved
-
-
-def test_what_happened_in_the_last_transaction_moves_it_although_it_is_told_at_rest() -> None:
-    clock = SettableClock()
-    watch = CoordinatorWatch(clock)
-    watch.read(report())
-    watch.begin()
-    watch.rest()
-    clock.jump(1.5)
-    watch.read(report(req_timeouts=1))
-    clock.jump(20)
-    watch.read(report(req_timeouts=1, disconnects=1))
-    assert watch.moved
