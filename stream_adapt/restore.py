@@ -93,12 +93,14 @@ class Restorer:
         expected: Expected,
         observe: Callable[[Slice], None] = lambda _slice: None,
         clock: Callable[[], float] = time.monotonic,
+        committed: Callable[[Collection[int]], Mapping[int, int]] = lambda _partitions: {},
     ) -> None:
         self._reader = reader
         self._tables = tables
         self._expected = expected
         self._observe = observe
         self._clock = clock
+        self._committed = committed
         self._shards: dict[int, Shard] = {}
         self._reported_s = 0.0
 
@@ -134,14 +136,15 @@ class Restorer:
     def step(self, budget_s: float) -> list[int]:
         """Goes on for about `budget_s`; returns the shards whose rows are all there and belong there.
 
+        A shard with which another member has gone on meanwhile is left as it is: this one stood still, and hears at its
+        next poll that the shard was taken away.
+
         Raises:
             StateMismatch: they do not belong there; says what to do.
             KafkaRefused: the changelog cannot be read.
         """
         done = self.read(budget_s)
-        for partition in done:
-            self._finish(self._shards.pop(partition))
-        return done
+        return [partition for partition in done if self._finish(self._shards.pop(partition))]
 
     def read(self, budget_s: float) -> list[int]:
         """The first half of a step: takes rows in; returns the shards whose rows are all there, before any check."""
@@ -169,7 +172,8 @@ class Restorer:
             shard.first_refused = shard.first_refused or f"offset {offset}: {problem}"
         return Counter(problem.reason for _, problem in loaded.damaged)
 
-    def _finish(self, shard: Shard) -> None:
+    def _finish(self, shard: Shard) -> bool:
+        """Whether the shard can go live."""
         if shard.refused:
             log.warning(
                 "damaged changelog records were left out; the rows' last good versions stand",
@@ -178,7 +182,15 @@ class Restorer:
                 reasons=dict(shard.refused),
                 first=shard.first_refused,
             )
-        check(shard, self._rows_of(shard.partition), self._expected)
+        try:
+            check(shard, self._rows_of(shard.partition), self._expected)
+        except StateMismatch:
+            if not self._overtaken(shard):
+                raise
+            log.warning(
+                "another member has gone on with this shard", partition=shard.partition, committed=shard.committed
+            )
+            return False
         seconds = self._clock() - shard.started_s
         log.info(
             "restored",
@@ -196,6 +208,12 @@ class Restorer:
                 rows_of=shard.control.model_version,
                 served=self._expected.model_version,
             )
+        return True
+
+    def _overtaken(self, shard: Shard) -> bool:
+        """Whether the group's offset has moved since it was asked for."""
+        offset = self._committed([shard.partition]).get(shard.partition)
+        return offset is not None and max(offset, -1) != (-1 if shard.committed is None else shard.committed)
 
     def _rows_of(self, partition: int) -> int:
         return sum(sum(1 for _ in table.items(partition)) for table in self._tables.values())

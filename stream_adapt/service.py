@@ -135,11 +135,11 @@ def serve(config: Config, shutdown: Shutdown, observe: Callable[[Pipeline], Obse
     observer = observe(pipeline)
     pipeline.timer = observer.stage
     runner: Runner
-    restorer = build_restorer(config, pipeline, topic_id, observer)
     listener = RebalanceListener(lambda p: runner.assigned(p), lambda p: runner.revoked(p))
     quarantine = Quarantine(config.state_dir, f"{topics.events}/{topic_id}", config.input.crashes_before_quarantine)
     pipeline.decoder.quarantined = quarantine.condemned
     consumer = InputConsumer(properties.consumer(config), topics.events, start=config.input.start, listener=listener)
+    restorer = build_restorer(config, pipeline, topic_id, observer, consumer)
     delivery = build_delivery(config, consumer)
     runner = Runner(
         consumer,
@@ -271,8 +271,10 @@ def build_delivery(config: Config, consumer: InputConsumer) -> Delivery:
     )
 
 
-def build_restorer(config: Config, pipeline: Pipeline, topic_id: str, observer: Observer) -> Restorer:
-    """What brings rows back from the changelog."""
+def build_restorer(
+    config: Config, pipeline: Pipeline, topic_id: str, observer: Observer, consumer: InputConsumer | None = None
+) -> Restorer:
+    """What brings rows back from the changelog; with the group's consumer it knows when it was overtaken."""
     adapter = pipeline.adapter
     tables = {Kind.USER: adapter.users, Kind.ITEM: adapter.items}
     expected = Expected(
@@ -282,7 +284,10 @@ def build_restorer(config: Config, pipeline: Pipeline, topic_id: str, observer: 
         model_version=adapter.model.version,
         exactly_once=config.delivery == "exactly_once",
     )
-    return Restorer(build_changelog_reader(config), tables, expected, observer.restoring)
+    reader = build_changelog_reader(config)
+    if consumer is None:
+        return Restorer(reader, tables, expected, observer.restoring)
+    return Restorer(reader, tables, expected, observer.restoring, committed=consumer.committed)
 
 
 def build_changelog_reader(config: Config) -> ChangelogReader:

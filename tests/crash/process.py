@@ -90,7 +90,8 @@ class Process:
         delivery = ExactlyOnce(make_producer, consumer, transactional_id=instance, fence_window_s=FENCE_WINDOW_S)
         pipeline = Pipeline(decoder, self.adapter, emitter)
         tables = {Kind.USER: self.adapter.users, Kind.ITEM: self.adapter.items}
-        restorer = Restorer(ScriptedReader(broker, TOPICS.changelog, CHANGELOG_CUTS), tables, EXPECTED)
+        reader = ScriptedReader(broker, TOPICS.changelog, CHANGELOG_CUTS)
+        restorer = Restorer(reader, tables, EXPECTED, committed=consumer.committed)
         self.runner = Runner(
             consumer,  # type: ignore[arg-type]
             pipeline,

@@ -40,3 +40,9 @@ crashes = st.sampled_from(EVERYTHING).flatmap(
 )
 def test_any_script_is_survived_however_batches_are_cut(script: list[Crash], cuts: list[int], turns: int) -> None:
     survived(script, cuts=cuts, meanwhile_turns=turns)
+
+
+def test_a_member_that_stood_still_in_a_restore_is_no_mismatch() -> None:
+    """Another member took the shards over and committed meanwhile: its rows lie behind where this restore ends."""
+    script = [Crash(Point.PRODUCE, 24, Effect.KILL_BEFORE), Crash(Point.PRODUCE, 34, Effect.STOPPED)]
+    survived(script, cuts=[8], meanwhile_turns=2)
