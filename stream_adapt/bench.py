@@ -220,8 +220,11 @@ def _typed(value: Any) -> Any:
 
 
 def _events(count: int, users: str = "movielens-like") -> Iterator[UserEvent]:
-    """With `unique`, no user comes twice: every event starts, changes and writes a row of its own."""
-    stream = Synthetic(events=count, drift="none", users=20_000, items=5_000, active=4_000, burst=8)
+    """Events that touch 0.25 rows each, as MovieLens-100K does in batches of 16,384 over 4 partitions.
+
+    With `unique`, no user comes twice: every event starts, changes and writes a row of its own.
+    """
+    stream = Synthetic(events=count, drift="none", users=6_000, items=1_700, active=100, burst=150, popularity=0.9)
     for number, event in enumerate(synthetic_events(stream)):
         user = UserId(f"user-{number}") if users == "unique" else event.user_id
         features = {name: event.features[name] for name in FEATURES}
