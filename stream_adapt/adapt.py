@@ -123,7 +123,8 @@ class Adapter:
         """Runs the rule over n prepared events."""
         scores = Scores.empty(len(events.user))
         self._adapt_rows(self.users.rows, self.items.rows, events, scores)
-        return Adapted(*scores)
+        unseen = events.known == len(self.model.weights.item_hash)
+        return Adapted(*scores, unseen=unseen)
 
     def warm_up(self) -> None:
         """Compiles the rule, or loads it compiled: seconds that no event should wait for."""

@@ -111,6 +111,8 @@ class TopicsSection(_Section):
     scores: str | None = Field(None, description="Scores, one for each event.")
     dead_letters: str | None = Field(None, description="Records that were refused, with the reason.")
     changelog: str | None = Field(None, description="Rows; compacted, with the input's number of partitions.")
+    learning: str | None = Field(None, description="How well each transaction's events were predicted: sums.")
+    alarms: str | None = Field(None, description="Drift that was detected.")
     partitions: int = Field(4, ge=1, le=10_000, description="Partitions that `topics create` gives the topics.")
     replication: int = Field(1, ge=1, le=10, description="Replicas that `topics create` gives them.")
 
@@ -250,7 +252,7 @@ class Config(_Section):
             )
         return self
 
-    def topic(self, what: Literal["events", "scores", "dead_letters", "changelog"]) -> str:
+    def topic(self, what: Literal["events", "scores", "dead_letters", "changelog", "learning", "alarms"]) -> str:
         """Name of a topic."""
         return getattr(self.topics, what) or f"{self.app.name}.{what.replace('_', '-')}"
 
@@ -258,7 +260,12 @@ class Config(_Section):
     def topic_names(self) -> TopicNames:
         """Names of all topics."""
         return TopicNames(
-            self.topic("events"), self.topic("scores"), self.topic("dead_letters"), self.topic("changelog")
+            self.topic("events"),
+            self.topic("scores"),
+            self.topic("dead_letters"),
+            self.topic("changelog"),
+            self.topic("learning"),
+            self.topic("alarms"),
         )
 
     @property
@@ -323,6 +330,8 @@ def effective(loaded: Loaded) -> Iterator[tuple[str, Any, str]]:
         "topics.scores": names.scores,
         "topics.dead_letters": names.dead_letters,
         "topics.changelog": names.changelog,
+        "topics.learning": names.learning,
+        "topics.alarms": names.alarms,
     }
     for key, value in _flatten(config.model_dump(mode="json")):
         if value is None and key in derived:

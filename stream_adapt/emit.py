@@ -13,6 +13,8 @@ from itertools import repeat
 import msgspec
 import numpy as np
 
+from stream_adapt import learning
+from stream_adapt.learning import Summary
 from stream_adapt.record import (
     NO_LEVEL,
     NO_SOURCE,
@@ -138,6 +140,11 @@ class Emitter:
         if controls:
             yield _by_partition(topic, *zip(*controls, strict=True))
 
+    def learning(self, summaries: Sequence[Summary]) -> Outputs:
+        """Learning records with these summaries, for the topic's one partition."""
+        values = list(learning.encode(summaries, self._now_ms()))
+        return _by_partition(self._topics.learning, [None] * len(values), values, [0] * len(values))
+
     def _headers(self, letter: DeadLetter, truncated: bool) -> list[tuple[str, bytes | None]]:
         headers: list[tuple[str, bytes | None]] = [
             *(() if truncated else ((name, value) for name, value in letter.headers if _is_kept(name))),
@@ -163,7 +170,7 @@ def _changed(topic: str, table: Table, slots: Slots) -> Outputs:
 
 
 def _by_partition(
-    topic: str, keys: Sequence[bytes], values: Sequence[bytes | None], partitions: Sequence[int]
+    topic: str, keys: Sequence[bytes | None], values: Sequence[bytes | None], partitions: Sequence[int]
 ) -> Outputs:
     return Outputs(topic, keys, values, None, partitions, [NO_SOURCE] * len(keys), partitions)
 

@@ -237,7 +237,7 @@ class Runner:
             self._keep(raw, done, controls, outcome)
 
     def _outputs(self, raw: RawBatch, done: list[Work], controls: list[ControlRow]) -> Iterator[Outputs]:
-        """What the batch leads to, computed chunk by chunk as it is asked for; then the rows that it changed."""
+        """What the batch leads to, computed chunk by chunk as it is asked for; then changed rows and summaries."""
         ends = {row.partition: row.next_offset for row in controls}
         for chunk in self._quarantine.chunks(raw, ends, CHUNK):
             work = self._pipeline(chunk, self._delivery.undeliverable)
@@ -245,7 +245,7 @@ class Runner:
             self._computing_s += work.seconds
             yield from work.outputs
         started = time.perf_counter()
-        changed = self._pipeline.changes(controls)
+        changed = self._pipeline.changes(controls, done)
         self._computing_s += time.perf_counter() - started
         yield from changed
 

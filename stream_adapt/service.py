@@ -332,7 +332,7 @@ def describe_topics(admin: AdminClient, config: Config) -> dict[str, Any]:
         KafkaRefused: a topic is missing or may not be described, or no broker answers.
     """
     topics = config.topic_names
-    names = [topics.events, topics.scores, topics.dead_letters, topics.changelog]
+    names = [topics.events, topics.scores, topics.dead_letters, topics.changelog, topics.learning, topics.alarms]
     futures = admin.describe_topics(TopicCollection(names), request_timeout=_ADMIN_TIMEOUT_S)
     described = {}
     for name, future in futures.items():

@@ -113,6 +113,9 @@ def product_topics(
         TopicSpec(names.dead_letters, 1, replication, config),
         # As many as the input: a shard's rows lie in the partition of its number.
         TopicSpec(names.changelog, partitions, replication, {**CHANGELOG_CONFIG, **durable}),
+        # One partition each: the whole stream is watched by one reader.
+        TopicSpec(names.learning, 1, replication, config),
+        TopicSpec(names.alarms, 1, replication, config),
     )
 
 

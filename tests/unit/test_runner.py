@@ -67,8 +67,10 @@ class Broker:
 
     def commit(self, outputs: Iterable[Outputs], next_offsets: Mapping[int, int]) -> Outcome:
         blocks = list(outputs)
-        sent = [value for block in blocks if block.topic != "changelog" for value in block.values]
-        rows = [item for b in blocks if b.topic == "changelog" for item in zip(b.keys, b.values, strict=True)]
+        sent = [
+            value for block in blocks if block.topic not in ("app.changelog", "app.learning") for value in block.values
+        ]
+        rows = [item for b in blocks if b.topic == "app.changelog" for item in zip(b.keys, b.values, strict=True)]
         outcome = self.script.pop(0) if self.script else Outcome.COMMITTED
         if isinstance(outcome, BaseException):
             raise outcome
@@ -126,7 +128,7 @@ class Seen(Observers):
 def build(log: Log, broker: Broker, restorer: Restorer | None = None, **pace: Any) -> tuple[Runner, Adapter, Seen]:
     model = random_model("diagonal")
     adapter, seen = Adapter(model), Seen()
-    topics = TopicNames("events", "scores", "dead", "changelog")
+    topics = TopicNames.of("app")
     decoder = Decoder(model.spec.features, model.spec.feedback)
     pipeline = Pipeline(decoder, adapter, Emitter(topics, "v1", model.spec.feedback.target_level, now_ms=lambda: 0))
     runner = Runner(
