@@ -111,6 +111,7 @@ class TopicsSection(_Section):
     scores: str | None = Field(None, description="Scores, one for each event.")
     dead_letters: str | None = Field(None, description="Records that were refused, with the reason.")
     changelog: str | None = Field(None, description="Rows; compacted, with the input's number of partitions.")
+    models: str | None = Field(None, description="Which model is served; compacted, one partition.")
     partitions: int = Field(4, ge=1, le=10_000, description="Partitions that `topics create` gives the topics.")
     replication: int = Field(1, ge=1, le=10, description="Replicas that `topics create` gives them.")
 
@@ -147,7 +148,14 @@ class InputSection(_Section):
 class ModelSection(_Section):
     """Which model is served."""
 
-    path: Path = Field(Path("models"), description="A model's folder, or a registry: then its newest version.")
+    path: Path = Field(
+        Path("models"),
+        description="A model's folder, or a registry: then its newest version that has no parent. What is served until "
+        "another one is announced, and where that is looked for.",
+    )
+    follow: bool = Field(
+        True, description="Serve what the models topic announces last; false: only what model.path names."
+    )
     covariance: Literal["diagonal", "full"] | None = Field(None, description="As pretrained if not set.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto serves on the CPU.")
 
@@ -250,7 +258,7 @@ class Config(_Section):
             )
         return self
 
-    def topic(self, what: Literal["events", "scores", "dead_letters", "changelog"]) -> str:
+    def topic(self, what: Literal["events", "scores", "dead_letters", "changelog", "models"]) -> str:
         """Name of a topic."""
         return getattr(self.topics, what) or f"{self.app.name}.{what.replace('_', '-')}"
 
@@ -258,7 +266,11 @@ class Config(_Section):
     def topic_names(self) -> TopicNames:
         """Names of all topics."""
         return TopicNames(
-            self.topic("events"), self.topic("scores"), self.topic("dead_letters"), self.topic("changelog")
+            self.topic("events"),
+            self.topic("scores"),
+            self.topic("dead_letters"),
+            self.topic("changelog"),
+            self.topic("models"),
         )
 
     @property
@@ -323,6 +335,7 @@ def effective(loaded: Loaded) -> Iterator[tuple[str, Any, str]]:
         "topics.scores": names.scores,
         "topics.dead_letters": names.dead_letters,
         "topics.changelog": names.changelog,
+        "topics.models": names.models,
     }
     for key, value in _flatten(config.model_dump(mode="json")):
         if value is None and key in derived:

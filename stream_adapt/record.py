@@ -120,11 +120,12 @@ class TopicNames:
     scores: str
     dead_letters: str
     changelog: str
+    models: str = ""  # which model is served; read and written beside the loop
 
     @classmethod
     def of(cls, app: str) -> TopicNames:
         """The names that an app's topics have unless it is told otherwise."""
-        return cls(f"{app}.events", f"{app}.scores", f"{app}.dead-letters", f"{app}.changelog")
+        return cls(f"{app}.events", f"{app}.scores", f"{app}.dead-letters", f"{app}.changelog", f"{app}.models")
 
 
 class Message(Protocol):

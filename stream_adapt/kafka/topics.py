@@ -36,6 +36,9 @@ CHANGELOG_CONFIG = {
     "max.compaction.lag.ms": str(24 * 3600 * 1000),
 }
 
+#: The models topic keeps what was last said of every version.
+MODELS_CONFIG = {"cleanup.policy": "compact"}
+
 _LONGEST_NAME = 249
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
@@ -113,6 +116,8 @@ def product_topics(
         TopicSpec(names.dead_letters, 1, replication, config),
         # As many as the input: a shard's rows lie in the partition of its number.
         TopicSpec(names.changelog, partitions, replication, {**CHANGELOG_CONFIG, **durable}),
+        # One partition: the newest of all is what counts.
+        TopicSpec(names.models, 1, replication, {**MODELS_CONFIG, **durable}),
     )
 
 
