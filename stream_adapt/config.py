@@ -25,6 +25,9 @@ ENVIRONMENT_PREFIX = "STREAM_ADAPT_"
 
 Positive = Annotated[float, Field(gt=0)]
 Scalar = str | int | float | bool
+TopicRole = Literal[
+    "events", "scores", "dead_letters", "changelog", "learning", "alarms", "models", "refresh"
+]
 
 #: Properties of librdkafka that the transaction loop owns; passing them through would break its promises.
 OWNED_PROPERTIES = {
@@ -113,6 +116,8 @@ class TopicsSection(_Section):
     changelog: str | None = Field(None, description="Rows; compacted, with the input's number of partitions.")
     learning: str | None = Field(None, description="How well each transaction's events were predicted: sums.")
     alarms: str | None = Field(None, description="Drift that was detected.")
+    models: str | None = Field(None, description="Which model is served; compacted, one partition.")
+    refresh: str | None = Field(None, description="Where a refresh of the model is; compacted, one partition.")
     partitions: int = Field(4, ge=1, le=10_000, description="Partitions that `topics create` gives the topics.")
     replication: int = Field(1, ge=1, le=10, description="Replicas that `topics create` gives them.")
 
@@ -149,7 +154,14 @@ class InputSection(_Section):
 class ModelSection(_Section):
     """Which model is served."""
 
-    path: Path = Field(Path("models"), description="A model's folder, or a registry: then its newest version.")
+    path: Path = Field(
+        Path("models"),
+        description="A model's folder, or a registry: then its newest version that has no parent. What is served until "
+        "another one is announced, and where that is looked for.",
+    )
+    follow: bool = Field(
+        True, description="Serve what the models topic announces last; false: only what model.path names."
+    )
     covariance: Literal["diagonal", "full"] | None = Field(None, description="As pretrained if not set.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto serves on the CPU.")
 
@@ -252,7 +264,7 @@ class Config(_Section):
             )
         return self
 
-    def topic(self, what: Literal["events", "scores", "dead_letters", "changelog", "learning", "alarms"]) -> str:
+    def topic(self, what: TopicRole) -> str:
         """Name of a topic."""
         return getattr(self.topics, what) or f"{self.app.name}.{what.replace('_', '-')}"
 
@@ -266,6 +278,8 @@ class Config(_Section):
             self.topic("changelog"),
             self.topic("learning"),
             self.topic("alarms"),
+            self.topic("models"),
+            self.topic("refresh"),
         )
 
     @property
@@ -332,6 +346,8 @@ def effective(loaded: Loaded) -> Iterator[tuple[str, Any, str]]:
         "topics.changelog": names.changelog,
         "topics.learning": names.learning,
         "topics.alarms": names.alarms,
+        "topics.models": names.models,
+        "topics.refresh": names.refresh,
     }
     for key, value in _flatten(config.model_dump(mode="json")):
         if value is None and key in derived:

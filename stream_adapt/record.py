@@ -122,6 +122,8 @@ class TopicNames:
     changelog: str
     learning: str
     alarms: str
+    models: str = ""  # which model is served; read and written beside the loop
+    refresh: str = ""  # where a refresh is; the same
 
     @classmethod
     def of(cls, app: str) -> TopicNames:
