@@ -190,6 +190,48 @@ class StateSection(_Section):
     )
 
 
+class RefreshSettings(_Section):
+    """Models that are trained on the newest events, and go live if they are better."""
+
+    mode: Literal["off", "child", "external"] = Field(
+        "off",
+        description="child: `run` starts the controller, of which one in the group works. external: it runs apart, as "
+        "`stream-adapt refresh --follow`. off: nobody does it unless asked.",
+    )
+    every_s: Positive | None = Field(None, description="Begin one so long after the last, alarm or not. Not set: no.")
+    cooldown_s: float = Field(3_600, ge=0, description="Rest after a refresh, whatever alarms say.")
+    per_day: int = Field(8, ge=1, le=1_000, description="Most trainings within 24 hours.")
+    settle_events: int = Field(
+        4_096, ge=0, description="Labelled events after an alarm before training: of the new world, to learn from."
+    )
+    window_s: Positive = Field(604_800, description="How far back training reads the input, by the records' times.")
+    window_events: int = Field(500_000, ge=1_000, le=100_000_000, description="The newest of these, at most.")
+    training_s: Positive = Field(600, description="Time for a training; one that takes twice that is killed.")
+    threads: int = Field(1, ge=1, le=256, description="Threads of a training.")
+    nice: int = Field(10, ge=0, le=19, description="Niceness of a training.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Of a training; auto: CUDA where there is one.")
+    seed: int = Field(0, ge=0, description="Of a training.")
+    shadow_events: int = Field(
+        4_000, ge=100, description="Labelled events of the first comparison; then of twice and four times as many."
+    )
+    shadow_s: Positive = Field(86_400, description="Longest wait for them.")
+    shadow_users: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of users, whole ones, that comparisons are about: their rows lie in memory twice.",
+    )
+    margin: float = Field(0.0005, ge=0, le=1, description="Log-loss per event that a challenger must gain at least.")
+    error: float = Field(
+        0.01, gt=0, lt=0.5, description="Chance of a promotion that is only luck, and of such a rollback."
+    )
+    serve_s: Positive = Field(300, description="Members that go on without a promoted version for so long: roll back.")
+    watch_events: int = Field(
+        16_000, ge=100, description="Labelled events after a promotion in which the former champion scores, too."
+    )
+    watch_s: Positive = Field(86_400, description="Longest time of watching.")
+
+
 class MetricsSection(_Section):
     """The HTTP port with /metrics, /healthz and /readyz."""
 
@@ -234,6 +276,7 @@ class Config(_Section):
     delivery: Literal["exactly_once", "at_least_once"] = Field(
         "exactly_once", description="at_least_once: no transaction; after a crash some scores come twice."
     )
+    refresh: RefreshSettings = Field(default_factory=RefreshSettings)
     metrics: MetricsSection = Field(default_factory=MetricsSection)
     log: LogSection = Field(default_factory=LogSection)
 

@@ -109,7 +109,7 @@ def refine(
     settings: TrainSettings = SETTINGS,
     device: str = "auto",
     *,
-    since: int | None = None,
+    newer: npt.NDArray[np.bool_] | None = None,
     progress: Progress | None = None,
     clock: Clock = time.monotonic,
 ) -> Trained:
@@ -120,7 +120,7 @@ def refine(
         champion: what it starts from.
         settings: how to train; `seconds` bounds all of it.
         device: auto, cpu or cuda.
-        since: number of the first event that is of another world than those before it, if one is known.
+        newer: which events `[n]` came after the world moved, if it is known to have.
         progress: told of every step.
         clock: that the time is measured by.
 
@@ -128,7 +128,7 @@ def refine(
         DataError: there is too little to learn from. NoBetter: nothing was learned that helps.
         ConfigError: the device is absent. ModelError: training diverged.
     """
-    return _Refinement(log, champion, settings, device, progress, clock).run(since)
+    return _Refinement(log, champion, settings, device, progress, clock).run(newer)
 
 
 class _Refinement:
@@ -143,8 +143,8 @@ class _Refinement:
         self._columns = sequences.encode(log, self._vocabulary).to(self._where)
         self._held = held_out(log, "later", settings.validation_share, settings.seed)  # [n]
 
-    def run(self, since: int | None) -> Trained:
-        candidates = self._candidates(since)
+    def run(self, newer: npt.NDArray[np.bool_] | None) -> Trained:
+        candidates = self._candidates(newer)
         steps = Steps(self._progress, trainings=len(candidates) + 1)
         share = msgspec.structs.replace(self._settings, seconds=self._settings.seconds / steps.left)
         figures = {f"slice_{name}_champion": value for name, value in self._figures(self._untrained()).items()}
@@ -165,14 +165,12 @@ class _Refinement:
         about = {"events": int((candidates[best] | self._held).sum()), "trained_on": best}
         return Trained(self._folded(final), self._vocabulary.fitted, figures, about)
 
-    def _candidates(self, since: int | None) -> dict[str, npt.NDArray[np.bool_]]:
+    def _candidates(self, newer: npt.NDArray[np.bool_] | None) -> dict[str, npt.NDArray[np.bool_]]:
         """Which events `[n]` each candidate is trained on before the newest slice."""
         before = ~self._held
         candidates = {"all": before}
-        if since is not None:
-            newer = before & (np.arange(len(self._log)) >= since)
-            if FEWEST_EVENTS <= newer.sum() < before.sum():
-                candidates["newer"] = newer
+        if newer is not None and FEWEST_EVENTS <= (before & newer).sum() < before.sum():
+            candidates["newer"] = before & newer
         return candidates
 
     def _trained(self, chosen: npt.NDArray[np.bool_], settings: TrainSettings, steps: Steps) -> Parameters:

@@ -25,14 +25,16 @@ class Trigger(msgspec.Struct, frozen=True, omit_defaults=True):
     kind: Literal["alarm", "schedule", "asked"]
     at_ms: int
     detail: str = ""  # in words
-    since_ms: int | None = None  # when what moved began to, of an alarm
-    events: int = 0  # with feedback, that the summaries had counted by then
+    since: dict[int, int] = {}  # of an alarm, by partition: offset from which on the world is another one
+
+
+Outcomes = Literal["promoted", "rejected", "rolled_back"]
 
 
 class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
     """How a refresh ended, and all figures it was decided by."""
 
-    outcome: Literal["promoted", "rejected", "rolled_back"]
+    outcome: Outcomes
     at_ms: int
     reason: str
     trigger: Trigger | None = None
@@ -49,7 +51,7 @@ class RefreshState(msgspec.Struct, frozen=True, kw_only=True):
     since_ms: int = 0  # that it is in this state
     champion: str = ""  # version in service
     challenger: str | None = None  # of the refresh that is under way
-    former: str | None = None  # champion before this one: what a rollback goes back to
+    former: str | None = None  # while promoted or watching: what a rollback goes back to
     trigger: Trigger | None = None  # of the refresh that is under way
     pending: Trigger | None = None  # came while one was under way
     attempts: int = 0  # how often this state was entered; a leader that dies of it enters it again
