@@ -53,6 +53,8 @@ OWNED_PROPERTIES = {
 _SECRET_PARTS = ("password", "passphrase", "secret", "key.pem", "oauthbearer.config", "hash_key")
 #: Keys below `kafka:` that hold librdkafka properties.
 _PASSED_THROUGH = ("properties", "consumer", "producer")
+#: For drift.detector PageHinkley, of groups' means in deviations (benchmarks/drift.md).
+_PAGE_HINKLEY = {"min_instances": 1, "delta": 0.5, "threshold": 10.0, "mode": "up"}
 
 
 class _Section(BaseModel):
@@ -230,6 +232,41 @@ class RefreshSettings(_Section):
         16_000, ge=100, description="Labelled events after a promotion in which the former champion scores, too."
     )
     watch_s: Positive = Field(86_400, description="Longest time of watching.")
+class DriftSettings(_Section):
+    """How drift is detected in the learning summaries."""
+
+    detector: str = Field("PageHinkley", description="A detector of River: `PageHinkley`, `ADWIN`, `binary.DDM`, …")
+    parameters: dict[str, Any] | None = Field(
+        None, description="Of the detector, by River's names. Not set: measured ones for PageHinkley, else River's."
+    )
+    signals: tuple[str, ...] = Field(
+        ("excess_loss", "unseen"),
+        description="loss, excess_loss (less what the scores expect), loss_over_frozen, calibration, unseen.",
+    )
+    group_events: int = Field(256, ge=1, le=1_000_000, description="Labelled events whose mean is told to a detector.")
+    reference_events: int = Field(
+        16_384, ge=2, description="Labelled events since the start that say what is normal; nothing is detected there."
+    )
+    cooldown_events: int = Field(
+        20_000, ge=0, description="Labelled events after an alarm without another; what is seen meanwhile comes then."
+    )
+    domains: int = Field(16, ge=0, le=1_000, description="Domains that are watched by themselves; the first to come.")
+
+    @property
+    def detector_parameters(self) -> dict[str, Any]:
+        """The parameters that the detector gets."""
+        if self.parameters is not None:
+            return self.parameters
+        return dict(_PAGE_HINKLEY) if self.detector == "PageHinkley" else {}
+
+    @model_validator(mode="after")
+    def _reference_has_groups(self) -> DriftSettings:
+        if self.reference_events < 8 * self.group_events:
+            raise ValueError(
+                f"drift.reference_events={self.reference_events} must be at least 8 times drift.group_events="
+                f"{self.group_events}: fewer groups do not say how much they vary"
+            )
+        return self
 
 
 class MetricsSection(_Section):
@@ -276,6 +313,7 @@ class Config(_Section):
     delivery: Literal["exactly_once", "at_least_once"] = Field(
         "exactly_once", description="at_least_once: no transaction; after a crash some scores come twice."
     )
+    drift: DriftSettings = Field(default_factory=DriftSettings)
     refresh: RefreshSettings = Field(default_factory=RefreshSettings)
     metrics: MetricsSection = Field(default_factory=MetricsSection)
     log: LogSection = Field(default_factory=LogSection)
