@@ -57,7 +57,7 @@ class Emitter:
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
         self._topics = topics
-        self._version = model_version
+        self.model_version = model_version  # that scores name
         levels = range(np.iinfo(np.int8).max)
         self._level = {NO_LEVEL: None, **{level: level for level in levels}}
         self._target = {NO_LEVEL: None, **{level: int(level >= target_level) for level in levels}}
@@ -79,7 +79,7 @@ class Emitter:
             map(self._level.__getitem__, levels),
             map(self._target.__getitem__, levels),
             _rounded(adapted.uncertainty),
-            repeat(self._version),
+            repeat(self.model_version),
             adapted.adaptations.tolist(),
             map(_FLAG_NAMES.__getitem__, adapted.flags.tolist()),
             batch.timestamps_ms.tolist(),

@@ -348,7 +348,7 @@ def _read_manifest(path: Path) -> Manifest:
             f"{path}: format={found!r}, this release reads {', '.join(map(str, _READABLE))}; pretrain again"
         )
     try:
-        return msgspec.convert(raw, Manifest)
+        return msgspec.convert(raw, Manifest, str_keys=True)
     except msgspec.ValidationError as error:
         raise ModelError(f"{path}: {error}") from error
 

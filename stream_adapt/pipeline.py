@@ -15,7 +15,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from stream_adapt.adapt import Adapter
+from stream_adapt.adapt import Adapter, Slow
 from stream_adapt.decode import Decoder, dead_letter
 from stream_adapt.emit import Emitter
 from stream_adapt.learning import Summary, summarize
@@ -27,7 +27,7 @@ StageTimer = Callable[[str, float], None]
 
 
 class Pipeline:
-    """Decoder, adapter and emitter of one model, in order."""
+    """Decoder, adapter and emitter, in order, for one model at a time."""
 
     def __init__(self, decoder: Decoder, adapter: Adapter, emitter: Emitter, late_is_dead: bool = False) -> None:
         self.decoder = decoder
@@ -63,6 +63,11 @@ class Pipeline:
         self.timer("adapt", learned - decoded)
         self.timer("emit", ended - learned)
         return Work(outputs, batch, adapted, dead, ended - started)
+
+    def serve(self, slow: Slow) -> None:
+        """Serves another model from now on, of the same spec: what it reads and what feedback means stay."""
+        self.adapter.serve(slow)
+        self.emitter.model_version = slow.model.version
 
     def changes(self, controls: Iterable[ControlRow], done: Sequence[Work] = ()) -> list[Outputs]:
         """What ends a transaction: rows that changed since the last commit and where their shards then stand, for the

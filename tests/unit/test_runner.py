@@ -21,6 +21,7 @@ from stream_adapt.pipeline import Pipeline
 from stream_adapt.record import Outputs, RawBatch, TopicNames, Work
 from stream_adapt.runner import CHUNK, Observers, Pace, Runner
 from stream_adapt.shutdown import Shutdown, StopAtOnce
+from stream_adapt.state.row import ControlRow
 
 
 def record(number: int, user: str = "ann") -> tuple[bytes, bytes]:
@@ -91,6 +92,7 @@ class Restorer:
     steps: int = 1
     committed: dict[int, int | None] = field(default_factory=dict)
     cancelled: list[int] = field(default_factory=list)
+    controls: dict[int, ControlRow] = field(default_factory=dict)
 
     @property
     def unfinished(self) -> Collection[int]:
@@ -102,12 +104,12 @@ class Restorer:
     def cancel(self, partitions: Collection[int]) -> None:
         self.cancelled += [p for p in partitions if self.committed.pop(p, "none") != "none"]
 
-    def step(self, _budget_s: float) -> list[int]:
+    def step(self, _budget_s: float) -> dict[int, ControlRow | None]:
         self.steps -= 1
         done = [] if self.steps else list(self.committed)
         for partition in done:
             del self.committed[partition]
-        return done
+        return {partition: self.controls.get(partition) for partition in done}
 
 
 class Seen(Observers):
