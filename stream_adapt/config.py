@@ -25,9 +25,7 @@ ENVIRONMENT_PREFIX = "STREAM_ADAPT_"
 
 Positive = Annotated[float, Field(gt=0)]
 Scalar = str | int | float | bool
-TopicRole = Literal[
-    "events", "scores", "dead_letters", "changelog", "learning", "alarms", "models", "refresh"
-]
+TopicRole = Literal["events", "scores", "dead_letters", "changelog", "learning", "alarms", "models", "refresh"]
 
 #: Properties of librdkafka that the transaction loop owns; passing them through would break its promises.
 OWNED_PROPERTIES = {
@@ -232,6 +230,8 @@ class RefreshSettings(_Section):
         16_000, ge=100, description="Labelled events after a promotion in which the former champion scores, too."
     )
     watch_s: Positive = Field(86_400, description="Longest time of watching.")
+
+
 class DriftSettings(_Section):
     """How drift is detected in the learning summaries."""
 

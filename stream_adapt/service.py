@@ -80,6 +80,10 @@ def run(config: Config, shutdown: Shutdown, stop_after: int | None = None) -> Fi
     finished = Finished(events=0, seconds=0.0, model_version="", metrics_port=None)
     built: list[Pipeline] = []
     with ExitStack() as stack:
+        if config.refresh.mode == "child":
+            from stream_adapt.refresh.supervise import supervised
+
+            stack.enter_context(supervised(config))
 
         def observe(pipeline: Pipeline) -> Observer:
             built.append(pipeline)

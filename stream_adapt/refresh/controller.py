@@ -114,7 +114,9 @@ class Controller:
         self._pause_s = _FIRST_PAUSE_S
         self._consumer = clients.consumer(properties.learning_reader(config))
         self._topic = config.topic("learning")
-        self._consumer.subscribe([self._topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._revoked)
+        self._consumer.subscribe(
+            [self._topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._revoked
+        )
 
     @property
     def leads(self) -> bool:
@@ -200,7 +202,7 @@ class Controller:
                 continue
             end = (message.offset() or 0) + 1
             try:
-                summaries += decode(message.value() or b"").summaries  # type: ignore[arg-type]
+                summaries += decode(message.value() or b"").summaries
             except DataError as problem:
                 log.warning("left out", topic=self._topic, offset=message.offset(), problem=str(problem))
         return summaries, end
@@ -420,7 +422,10 @@ class Leader:
         late = self._now() - self.state.since_ms > self._settings.serve_s * 1000
         others = self._counts.events.total() - served
         if late and others >= _EVENTS_OF_FORMER:
-            return Event.NOT_SERVED, f"no member serves it after {self._settings.serve_s:g} s; {others} events by others"
+            return (
+                Event.NOT_SERVED,
+                f"after {self._settings.serve_s:g} s no member serves it; {others} events by others",
+            )
         return None
 
     def _watch(self) -> tuple[Event, str] | None:
@@ -551,10 +556,8 @@ class Leader:
     def _begin(self) -> None:
         state = self.state
         if state.state is State.TRAINING:
-            trigger = state.trigger
-            job = Job(
-                self._config.model_dump(mode="json"), state.champion, self._now(), dict(trigger.since) if trigger else {}
-            )
+            newer = state.trigger.since if state.trigger else {}
+            job = Job(self._config.model_dump(mode="json"), state.champion, self._now(), newer)
             self._training = self._start_training(self._config, job)
         elif state.state is State.SHADOW:
             champion, challenger = self._sound(state.challenger or "")

@@ -66,7 +66,7 @@ class Tail:
         key, value = message.key(), message.value()
         where = f"{self._reader.topic}@{message.offset()}"
         if key == STATE_KEY:
-            self.state = None if value is None else RefreshState.decode(value, where)  # type: ignore[arg-type]
+            self.state = None if value is None else RefreshState.decode(value, where)
         elif key == REQUEST_KEY and value is not None:
             try:
                 self.request = msgspec.json.decode(value, type=Request)
@@ -160,7 +160,7 @@ def ask(config: Config, detail: str = "") -> Request:
     )
     if producer.flush(_FLUSH_S) or refused:
         raise KafkaRefused(
-            f"{topic}: a refresh could not be asked for: {refused[0] if refused else 'no answer'}. To do: `stream-adapt "
-            "topics create -c FILE`, or check kafka.bootstrap_servers and the principal's rights"
+            f"{topic}: a refresh could not be asked for: {refused[0] if refused else 'no answer'}. To do: "
+            "`stream-adapt topics create -c FILE`, or check kafka.bootstrap_servers and the principal's rights"
         )
     return request

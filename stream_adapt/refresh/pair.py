@@ -144,7 +144,7 @@ class LivePair:
         self._judged_from = dict(judged_from)
         self._changelog = service.build_changelog_reader(config)
         self._input = TopicReader(properties.common(config), config.topic("events"))
-        self._steps = self._restoring()
+        self._steps: Iterator[int] | None = self._restoring()
 
     @property
     def ready(self) -> bool:
@@ -162,7 +162,7 @@ class LivePair:
                 self._steps = None
             return
         messages = [m for m in self._input.poll(timeout_s) if m.error() is None]
-        mine = [m for m in messages if self._share >= 1.0 or sampled(m.key() or b"", self._share)]  # type: ignore[arg-type]
+        mine = [m for m in messages if self._share >= 1.0 or sampled(m.key() or b"", self._share)]
         if mine:
             self.models.follow(raw_batch(mine))
 
@@ -209,4 +209,3 @@ def _of_sample(records: Records, share: float) -> Records:
 
 def _is_other(key: bytes | None, prefix: bytes, share: float) -> bool:
     return key is not None and key.startswith(prefix) and not sampled(key[len(prefix) :], share)
-

@@ -1,4 +1,4 @@
-"""The newest part of the input topic as a log to train on. The topic is the replay buffer: nothing is kept beside it."""
+"""The newest part of the input topic, as a log to train on: the topic is the replay buffer."""
 
 from __future__ import annotations
 
@@ -77,9 +77,7 @@ def read_window(
     return Window(log, moved, DataWindow(reader.topic, len(log), first, last, ranges))
 
 
-def ranges_of(
-    starts: Mapping[int, int], ends: Mapping[int, tuple[int, int]], most: int
-) -> dict[int, tuple[int, int]]:
+def ranges_of(starts: Mapping[int, int], ends: Mapping[int, tuple[int, int]], most: int) -> dict[int, tuple[int, int]]:
     """First offset and last offset + 1 by partition: of what lies in between, each gives the same newest share."""
     lengths = {p: max(ends[p][1] - max(start, ends[p][0]), 0) for p, start in starts.items()}
     share = min(1.0, most / max(sum(lengths.values()), 1))
@@ -89,8 +87,8 @@ def ranges_of(
 def raw_batch(messages: list[Message]) -> RawBatch:
     """Records as the consumer of the loop would hand them over."""
     return RawBatch(
-        [m.key() for m in messages],  # type: ignore[misc]
-        [m.value() for m in messages],  # type: ignore[misc]
+        [m.key() for m in messages],
+        [m.value() for m in messages],
         np.array([m.partition() for m in messages], dtype=np.int32),
         np.array([m.offset() for m in messages], dtype=np.int64),
         messages,
