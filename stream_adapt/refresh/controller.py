@@ -498,7 +498,7 @@ class Leader:
         self.state = changed
         if announcement is not None:
             self._announcements.read_to_end()
-        log.info("refresh", event=event, reason=reason, before=before.state, state=state, champion=changed.champion)
+        log.info("refresh", what=event, reason=reason, before=before.state, state=state, champion=changed.champion)
         if changed.last is not before.last:
             self._record_decision(changed.last)
         if moved:

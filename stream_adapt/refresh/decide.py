@@ -91,7 +91,7 @@ def compare(
         auc_challenger=_auc(challenger, targets),
         gain=gain,
         standard_error=error,
-        t=gain / error if error > 0 else 0.0,
+        t=gain / error if error > 0 else math.copysign(math.inf, gain) if gain else 0.0,
     )
 
 

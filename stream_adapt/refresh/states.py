@@ -53,7 +53,6 @@ class Action(StrEnum):
     NONE = "none"
     BEGIN = "begin"  # a refresh, with this trigger
     REMEMBER = "remember"  # the trigger: its refresh begins when this one has ended
-    KEEP = "keep"  # the challenger, and what its training read
     ANNOUNCE = "announce"  # the challenger, to all members, in the same transaction
     RETURN = "return"  # announces the former champion, in the same transaction
     CLOSE = "close"  # the refresh has ended; why is kept
@@ -90,7 +89,7 @@ TABLE: dict[State, dict[Event, Transition]] = {
     **dict.fromkeys(RESTING, _RESTING),
     State.COOLING: _busy(State.COOLING, {Event.COOLED: Transition(State.TRAINING)}),
     State.TRAINING: _busy(
-        State.TRAINING, {Event.TRAINED: Transition(State.SHADOW, Action.KEEP), Event.FAILED: _REJECTED}
+        State.TRAINING, {Event.TRAINED: Transition(State.SHADOW), Event.FAILED: _REJECTED}
     ),
     State.SHADOW: _busy(
         State.SHADOW,
