@@ -5,8 +5,8 @@ The second stage of the path. It owns the rows of all shards (`state/`) and call
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import replace
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,20 @@ from stream_adapt.state.table import Slots, Table
 _EXPIRY_WINDOWS = 64
 
 
+@dataclass(frozen=True)
+class Slow:
+    """A model made ready to serve: everything of an adapter that hangs on θ."""
+
+    model: Model
+    first_user: Mapping[str, npt.NDArray[np.float32]]
+    content: EncodingCache
+    priors: EncodingCache
+    event_features: FeatureReader
+    adapt_rows: rules.AdaptRows
+
+
 class Adapter:
-    """The learner in service: rows, overlay and the rule for one model.
+    """The learner in service: rows, overlay and the rule, for one model at a time.
 
     `adapt` changes rows at once; they are the state only after `commit`, and `abort` puts back what they were.
     `device` says what runs the rule: "cpu" or "auto" is the compiled one, "cuda" the batched one on the GPU, and
@@ -47,21 +59,46 @@ class Adapter:
         folder: Path | None = None,
         ttl_s: float | None = None,
     ) -> None:
-        self.model = model
         self._screen = screen
-        spec, fitted = model.spec, model.manifest.fitted
+        self._device = device
+        self._slow = self.ready(model)
+        spec = model.spec
         rule = rules.find(spec.rule)
         self.users = Table(rule.user_layout(spec), self._start_users, folder)
         self.items = Table(rule.item_layout(spec), self._start_items, folder)
         self.overlay = Overlay(self.users, self.items)
         every = _EXPIRY_WINDOWS * spec.window
         self._expiry = Expiry(self.users, self.overlay, ttl_s, every) if ttl_s is not None else None
-        self._first_user = rule.first_user(model)
-        self._content = EncodingCache(FeatureReader(fitted, "item"), model.weights.feature_vector)
-        self._priors = EncodingCache(FeatureReader(fitted, "user"), model.weights.user_vector)
-        self._event_features = FeatureReader(fitted, "event")
-        on_cpu = device in ("auto", "cpu")
-        self._adapt_rows = rule.compiled(model) if on_cpu else rule.batched(model, device.removeprefix("torch-"))
+
+    @property
+    def model(self) -> Model:
+        """The model in service."""
+        return self._slow.model
+
+    def ready(self, model: Model) -> Slow:
+        """Makes a model ready to serve, by any thread; nothing changes."""
+        rule, fitted, weights = rules.find(model.spec.rule), model.manifest.fitted, model.weights
+        on_cpu = self._device in ("auto", "cpu")
+        return Slow(
+            model,
+            rule.first_user(model),
+            EncodingCache(FeatureReader(fitted, "item"), weights.feature_vector),
+            EncodingCache(FeatureReader(fitted, "user"), weights.user_vector),
+            FeatureReader(fitted, "event"),
+            rule.compiled(model) if on_cpu else rule.batched(model, self._device.removeprefix("torch-")),
+        )
+
+    def serve(self, slow: Slow) -> None:
+        """Serves another model from now on; its spec is that of the one before. Rows stay as they are."""
+        assert self.overlay.is_empty, "the model was changed in the middle of a batch"
+        assert slow.model.spec == self.model.spec, "rows of this model have another form"
+        self._slow = slow
+
+    def restart_items(self, partitions: Collection[int]) -> None:
+        """Drops the rows of all items of these shards; an abort puts them back. Those met again start from θ."""
+        for partition in partitions:
+            for item_id, _ in list(self.items.items(partition)):
+                self.overlay.remove(self.items, partition, item_id)
 
     def adapt(self, batch: Batch) -> Adapted:
         """Scores and learns n events in order; rows of users and items first met are started from θ.
@@ -122,8 +159,9 @@ class Adapter:
     def learn(self, events: Events) -> Adapted:
         """Runs the rule over n prepared events."""
         scores = Scores.empty(len(events.user))
-        self._adapt_rows(self.users.rows, self.items.rows, events, scores)
-        return Adapted(*scores)
+        self._slow.adapt_rows(self.users.rows, self.items.rows, events, scores)
+        unseen = events.known == len(self.model.weights.item_hash)
+        return Adapted(*scores, unseen=unseen)
 
     def warm_up(self) -> None:
         """Compiles the rule, or loads it compiled: seconds that no event should wait for."""
@@ -153,22 +191,22 @@ class Adapter:
                 self._expiry.drop(partition)
 
     def _encode(self, batch: Batch, users: Slots, items: Slots) -> Events:
-        spec = self.model.spec
-        content = self._content.index(batch.features)
-        prior = self._priors.index(batch.features)
-        pointers, rows, weights = event_pairs(self._event_features, batch.features)
+        slow = self._slow
+        content = slow.content.index(batch.features)
+        prior = slow.priors.index(batch.features)
+        pointers, rows, weights = event_pairs(slow.event_features, batch.features)
         return Events(
             user=users,
             item=items,
             partition=batch.partitions,
             known=self._known(self.items.rows["hash"][items]),
-            window=batch.offsets // spec.window,
+            window=batch.offsets // slow.model.spec.window,
             time_ms=batch.timestamps_ms,
             level=batch.levels,
             content=content,
-            content_vectors=self._content.vectors,
+            content_vectors=slow.content.vectors,
             prior=prior,
-            prior_vectors=self._priors.vectors + self.model.weights.prior_mean,
+            prior_vectors=slow.priors.vectors + slow.model.weights.prior_mean,
             pointers=pointers,
             rows=rows,
             weights=weights,
@@ -193,7 +231,7 @@ class Adapter:
         return np.where(known[at] == hashes, at, len(known))
 
     def _start_users(self, slab: npt.NDArray[Any], slots: Slots, _: Sequence[str]) -> None:
-        for name, values in self._first_user.items():
+        for name, values in self._slow.first_user.items():
             slab[name][slots] = values
 
     def _start_items(self, slab: npt.NDArray[Any], slots: Slots, item_ids: Sequence[str]) -> None:

@@ -24,7 +24,7 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -44,6 +44,7 @@ from stream_adapt.datasets.source import STARS
 from stream_adapt.datasets.synthetic import Synthetic
 from stream_adapt.datasets.synthetic import events as synthetic_events
 from stream_adapt.decode import Decoder, event_struct
+from stream_adapt.follow import Standing
 from stream_adapt.kafka import clients, properties
 from stream_adapt.kafka.consumer import InputConsumer, RebalanceListener
 from stream_adapt.kafka.embedded import KAFKA_VERSION, EmbeddedKafka
@@ -134,6 +135,9 @@ class Stopwatch:
         pass
 
     def restoring(self, _done: Slice) -> None:
+        pass
+
+    def following(self, _standing: Standing, _waiting: Mapping[int, str]) -> None:
         pass
 
     def rows(self) -> tuple[int, int]:

@@ -79,6 +79,40 @@ def run(config_path: Path | None, stop_after: int | None, as_json: bool) -> None
         sys.exit(128 + shutdown.signals[-1])
 
 
+@cli.command()
+@_config_option
+@click.option("--follow", is_flag=True, help="Stay, and refresh whenever drift is detected or it is time to.")
+@click.option("--reason", default="", help="Is kept with the decision.")
+@_json_option
+def refresh(config_path: Path | None, follow: bool, reason: str, as_json: bool) -> None:
+    """Train a challenger on the newest events, compare it with the champion, and promote it if it is better.
+
+    Waits until it is decided, and has been watched in service: that takes events. Where a controller runs already, it
+    does the work, and this command only asks. Stopped earlier, it leaves the refresh where it is to the next
+    controller. The champion serves all the time.
+    """
+    from stream_adapt.shutdown import Shutdown, StopAtOnce
+
+    shutdown = Shutdown()
+    try:
+        with shutdown.installed():
+            from stream_adapt.refresh.controller import Controller
+            from stream_adapt.refresh.once import refresh_once
+
+            settings = _settings(config_path)
+            if follow:
+                Controller(settings).run(shutdown)
+                return
+            found = refresh_once(settings, shutdown, reason, lambda s: click.echo(f"{s.state}", err=True))
+    except StopAtOnce:
+        sys.exit(128 + shutdown.signals[-1])
+    _print(found, as_json)
+    if not as_json:
+        decided = found.decision
+        click.echo(f"{decided.outcome}: {decided.reason}" if decided else f"not decided yet: {found.state}")
+        click.echo(f"champion: {found.champion}")
+
+
 @cli.command("check-config")
 @_config_option
 @_json_option

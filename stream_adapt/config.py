@@ -25,6 +25,7 @@ ENVIRONMENT_PREFIX = "STREAM_ADAPT_"
 
 Positive = Annotated[float, Field(gt=0)]
 Scalar = str | int | float | bool
+TopicRole = Literal["events", "scores", "dead_letters", "changelog", "learning", "alarms", "models", "refresh"]
 
 #: Properties of librdkafka that the transaction loop owns; passing them through would break its promises.
 OWNED_PROPERTIES = {
@@ -50,6 +51,8 @@ OWNED_PROPERTIES = {
 _SECRET_PARTS = ("password", "passphrase", "secret", "key.pem", "oauthbearer.config", "hash_key")
 #: Keys below `kafka:` that hold librdkafka properties.
 _PASSED_THROUGH = ("properties", "consumer", "producer")
+#: For drift.detector PageHinkley, of groups' means in deviations (benchmarks/drift.md).
+_PAGE_HINKLEY = {"min_instances": 1, "delta": 0.5, "threshold": 10.0, "mode": "up"}
 
 
 class _Section(BaseModel):
@@ -111,6 +114,10 @@ class TopicsSection(_Section):
     scores: str | None = Field(None, description="Scores, one for each event.")
     dead_letters: str | None = Field(None, description="Records that were refused, with the reason.")
     changelog: str | None = Field(None, description="Rows; compacted, with the input's number of partitions.")
+    learning: str | None = Field(None, description="How well each transaction's events were predicted: sums.")
+    alarms: str | None = Field(None, description="Drift that was detected.")
+    models: str | None = Field(None, description="Which model is served; compacted, one partition.")
+    refresh: str | None = Field(None, description="Where a refresh of the model is; compacted, one partition.")
     partitions: int = Field(4, ge=1, le=10_000, description="Partitions that `topics create` gives the topics.")
     replication: int = Field(1, ge=1, le=10, description="Replicas that `topics create` gives them.")
 
@@ -147,7 +154,14 @@ class InputSection(_Section):
 class ModelSection(_Section):
     """Which model is served."""
 
-    path: Path = Field(Path("models"), description="A model's folder, or a registry: then its newest version.")
+    path: Path = Field(
+        Path("models"),
+        description="A model's folder, or a registry: then its newest version that has no parent. What is served until "
+        "another one is announced, and where that is looked for.",
+    )
+    follow: bool = Field(
+        True, description="Serve what the models topic announces last; false: only what model.path names."
+    )
     covariance: Literal["diagonal", "full"] | None = Field(None, description="As pretrained if not set.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="auto serves on the CPU.")
 
@@ -174,6 +188,85 @@ class StateSection(_Section):
         description="A restore that does not advance for so long is given up. Above the transaction timeout: an open "
         "transaction in the changelog is waited for.",
     )
+
+
+class RefreshSettings(_Section):
+    """Models that are trained on the newest events, and go live if they are better."""
+
+    mode: Literal["off", "child", "external"] = Field(
+        "off",
+        description="child: `run` starts the controller, of which one in the group works. external: it runs apart, as "
+        "`stream-adapt refresh --follow`. off: nobody does it unless asked.",
+    )
+    every_s: Positive | None = Field(None, description="Begin one so long after the last, alarm or not. Not set: no.")
+    cooldown_s: float = Field(3_600, ge=0, description="Rest after a refresh, whatever alarms say.")
+    per_day: int = Field(8, ge=1, le=1_000, description="Most trainings within 24 hours.")
+    settle_events: int = Field(
+        4_096, ge=0, description="Labelled events after an alarm before training: of the new world, to learn from."
+    )
+    window_s: Positive = Field(604_800, description="How far back training reads the input, by the records' times.")
+    window_events: int = Field(500_000, ge=1_000, le=100_000_000, description="The newest of these, at most.")
+    training_s: Positive = Field(600, description="Time for a training; one that takes twice that is killed.")
+    threads: int = Field(1, ge=1, le=256, description="Threads of a training.")
+    nice: int = Field(10, ge=0, le=19, description="Niceness of a training.")
+    device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Of a training; auto: CUDA where there is one.")
+    seed: int = Field(0, ge=0, description="Of a training.")
+    shadow_events: int = Field(
+        4_000, ge=100, description="Labelled events of the first comparison; then of twice and four times as many."
+    )
+    shadow_s: Positive = Field(86_400, description="Longest wait for them.")
+    shadow_users: float = Field(
+        1.0,
+        gt=0,
+        le=1,
+        description="Share of users, whole ones, that comparisons are about: their rows lie in memory twice.",
+    )
+    margin: float = Field(0.0005, ge=0, le=1, description="Log-loss per event that a challenger must gain at least.")
+    error: float = Field(
+        0.01, gt=0, lt=0.5, description="Chance of a promotion that is only luck, and of such a rollback."
+    )
+    serve_s: Positive = Field(300, description="Members that go on without a promoted version for so long: roll back.")
+    watch_events: int = Field(
+        16_000, ge=100, description="Labelled events after a promotion in which the former champion scores, too."
+    )
+    watch_s: Positive = Field(86_400, description="Longest time of watching.")
+
+
+class DriftSettings(_Section):
+    """How drift is detected in the learning summaries."""
+
+    detector: str = Field("PageHinkley", description="A detector of River: `PageHinkley`, `ADWIN`, `binary.DDM`, …")
+    parameters: dict[str, Any] | None = Field(
+        None, description="Of the detector, by River's names. Not set: measured ones for PageHinkley, else River's."
+    )
+    signals: tuple[str, ...] = Field(
+        ("excess_loss", "unseen"),
+        description="loss, excess_loss (less what the scores expect), loss_over_frozen, calibration, unseen.",
+    )
+    group_events: int = Field(256, ge=1, le=1_000_000, description="Labelled events whose mean is told to a detector.")
+    reference_events: int = Field(
+        16_384, ge=2, description="Labelled events since the start that say what is normal; nothing is detected there."
+    )
+    cooldown_events: int = Field(
+        20_000, ge=0, description="Labelled events after an alarm without another; what is seen meanwhile comes then."
+    )
+    domains: int = Field(16, ge=0, le=1_000, description="Domains that are watched by themselves; the first to come.")
+
+    @property
+    def detector_parameters(self) -> dict[str, Any]:
+        """The parameters that the detector gets."""
+        if self.parameters is not None:
+            return self.parameters
+        return dict(_PAGE_HINKLEY) if self.detector == "PageHinkley" else {}
+
+    @model_validator(mode="after")
+    def _reference_has_groups(self) -> DriftSettings:
+        if self.reference_events < 8 * self.group_events:
+            raise ValueError(
+                f"drift.reference_events={self.reference_events} must be at least 8 times drift.group_events="
+                f"{self.group_events}: fewer groups do not say how much they vary"
+            )
+        return self
 
 
 class MetricsSection(_Section):
@@ -220,6 +313,8 @@ class Config(_Section):
     delivery: Literal["exactly_once", "at_least_once"] = Field(
         "exactly_once", description="at_least_once: no transaction; after a crash some scores come twice."
     )
+    drift: DriftSettings = Field(default_factory=DriftSettings)
+    refresh: RefreshSettings = Field(default_factory=RefreshSettings)
     metrics: MetricsSection = Field(default_factory=MetricsSection)
     log: LogSection = Field(default_factory=LogSection)
 
@@ -250,7 +345,7 @@ class Config(_Section):
             )
         return self
 
-    def topic(self, what: Literal["events", "scores", "dead_letters", "changelog"]) -> str:
+    def topic(self, what: TopicRole) -> str:
         """Name of a topic."""
         return getattr(self.topics, what) or f"{self.app.name}.{what.replace('_', '-')}"
 
@@ -258,7 +353,14 @@ class Config(_Section):
     def topic_names(self) -> TopicNames:
         """Names of all topics."""
         return TopicNames(
-            self.topic("events"), self.topic("scores"), self.topic("dead_letters"), self.topic("changelog")
+            self.topic("events"),
+            self.topic("scores"),
+            self.topic("dead_letters"),
+            self.topic("changelog"),
+            self.topic("learning"),
+            self.topic("alarms"),
+            self.topic("models"),
+            self.topic("refresh"),
         )
 
     @property
@@ -323,6 +425,10 @@ def effective(loaded: Loaded) -> Iterator[tuple[str, Any, str]]:
         "topics.scores": names.scores,
         "topics.dead_letters": names.dead_letters,
         "topics.changelog": names.changelog,
+        "topics.learning": names.learning,
+        "topics.alarms": names.alarms,
+        "topics.models": names.models,
+        "topics.refresh": names.refresh,
     }
     for key, value in _flatten(config.model_dump(mode="json")):
         if value is None and key in derived:

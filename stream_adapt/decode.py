@@ -207,6 +207,7 @@ class Decoder:
             partitions=raw.partitions if whole else raw.partitions[kept],
             offsets=raw.offsets if whole else raw.offsets[kept],
             erasures=erasures,
+            domains=[e.domain for e in events],
         )
 
 
@@ -246,6 +247,7 @@ def event_struct(features: type, feedback: Feedback) -> type[msgspec.Struct]:
         ("timestamp", _Timestamp),
         ("label", label | None, None),
         raw if features is msgspec.Raw else ("features", features | None, None),
+        ("domain", str | None, None),
     ]
     return msgspec.defstruct("Event", fields, frozen=True, gc=False)
 

@@ -13,6 +13,8 @@ from itertools import repeat
 import msgspec
 import numpy as np
 
+from stream_adapt import learning
+from stream_adapt.learning import Summary
 from stream_adapt.record import (
     NO_LEVEL,
     NO_SOURCE,
@@ -55,7 +57,7 @@ class Emitter:
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
     ) -> None:
         self._topics = topics
-        self._version = model_version
+        self.model_version = model_version  # that scores name
         levels = range(np.iinfo(np.int8).max)
         self._level = {NO_LEVEL: None, **{level: level for level in levels}}
         self._target = {NO_LEVEL: None, **{level: int(level >= target_level) for level in levels}}
@@ -77,7 +79,7 @@ class Emitter:
             map(self._level.__getitem__, levels),
             map(self._target.__getitem__, levels),
             _rounded(adapted.uncertainty),
-            repeat(self._version),
+            repeat(self.model_version),
             adapted.adaptations.tolist(),
             map(_FLAG_NAMES.__getitem__, adapted.flags.tolist()),
             batch.timestamps_ms.tolist(),
@@ -138,6 +140,11 @@ class Emitter:
         if controls:
             yield _by_partition(topic, *zip(*controls, strict=True))
 
+    def learning(self, summaries: Sequence[Summary]) -> Outputs:
+        """Learning records with these summaries, for the topic's one partition."""
+        values = list(learning.encode(summaries, self._now_ms()))
+        return _by_partition(self._topics.learning, [None] * len(values), values, [0] * len(values))
+
     def _headers(self, letter: DeadLetter, truncated: bool) -> list[tuple[str, bytes | None]]:
         headers: list[tuple[str, bytes | None]] = [
             *(() if truncated else ((name, value) for name, value in letter.headers if _is_kept(name))),
@@ -163,7 +170,7 @@ def _changed(topic: str, table: Table, slots: Slots) -> Outputs:
 
 
 def _by_partition(
-    topic: str, keys: Sequence[bytes], values: Sequence[bytes | None], partitions: Sequence[int]
+    topic: str, keys: Sequence[bytes | None], values: Sequence[bytes | None], partitions: Sequence[int]
 ) -> Outputs:
     return Outputs(topic, keys, values, None, partitions, [NO_SOURCE] * len(keys), partitions)
 

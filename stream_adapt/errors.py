@@ -2,7 +2,9 @@
 
     StreamAdaptError
     ├── ConfigError          exit 2  the operator's words are off: usage, configuration, a mapping file
-    │   └── ModelError       exit 2  a model file is missing, damaged, or does not fit the configuration
+    │   └── ModelError       exit 2  a model file is damaged, or does not fit the configuration
+    │       ├── ModelMissing         it is not there
+    │       └── ModelUnfit           it cannot take the place of the one that rows are of
     ├── DataError            exit 2  a data set could not be had, or is not what it should be
     ├── KafkaRefused         exit 3  the broker said no, or cannot be reached: nothing was lost
     ├── StateFull            exit 3  memory or disk for the rows is used up: nothing was lost
@@ -32,6 +34,14 @@ class ConfigError(StreamAdaptError):
 
 class ModelError(ConfigError):
     """A model file is missing, truncated, has the wrong hash, holds NaN, or was made for other settings."""
+
+
+class ModelMissing(ModelError):
+    """A model, or one of its files, is not there."""
+
+
+class ModelUnfit(ModelError):
+    """A model cannot take the place of the one that rows are of; says what differs."""
 
 
 class DataError(StreamAdaptError):

@@ -62,7 +62,7 @@ def export(config: Config, out: Path, kind: RowKind, progress: Progress = lambda
         KafkaRefused: the changelog cannot be read.
     """
     pyarrow, parquet = _pyarrow()
-    model = service.served_model(config)
+    model = service.champion(config)
     spec, partitions = model.spec, changelog_partitions(config)
     told = {"stream_adapt.app": config.app.name, "stream_adapt.model_version": model.version}
     schema = _schema(pyarrow, kind).with_metadata({**told, "stream_adapt.covariance": spec.covariance})

@@ -8,7 +8,7 @@ The loop's thread replaces one immutable value, `Seen`; whoever asks judges the 
 request can hold up the loop.
 
     starting ─▶ standby | restoring ─▶ assigned ─▶ progressing ⇄ idle        ready, but for starting and restoring
-                  any ─▶ stalled | aborting | not_progressing                     not ready
+                  any ─▶ stalled | aborting | not_progressing | outdated          not ready
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ from prometheus_client import CollectorRegistry, make_wsgi_app
 
 from stream_adapt.commit import Outcome
 from stream_adapt.errors import ConfigError
+from stream_adapt.follow import Standing
 from stream_adapt.kafka.consumer import generation
 from stream_adapt.metrics import SAMPLE_PERIOD_S
 from stream_adapt.record import Work
@@ -52,6 +53,7 @@ class State(Enum):
     STARTING = "starting"  # not in the group yet
     STANDBY = "standby"  # in the group, and the others own all partitions
     RESTORING = "restoring"  # rows of some partitions are still being read
+    OUTDATED = "outdated"  # lacks the model that is announced, or that rows are of
     ASSIGNED = "assigned"  # owns partitions; their ends have not been seen yet
     PROGRESSING = "progressing"  # behind, and advancing
     IDLE = "idle"  # nothing to do
@@ -82,6 +84,8 @@ class Seen:
     aborts_in_a_row: int = 0
     shards: Mapping[int, Shard] = field(default_factory=dict)
     restoring: Mapping[int, int] = field(default_factory=dict)  # offsets of the changelog to go
+    standing: Standing = field(default_factory=lambda: Standing(""))
+    waiting: Mapping[int, str] = field(default_factory=dict)  # by partition: model that its rows are of
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +108,9 @@ def judge(seen: Seen, now_s: float, stalled_after_s: float) -> Verdict:
         return Verdict(State.STALLED, f"the loop has not turned for {silent_s:.0f} s")
     if not seen.shards and seen.restoring:
         return _judge_restore(seen)
+    outdated = _judge_model(seen)
     if not seen.shards:
-        return _judge_membership(seen)
+        return outdated or _judge_membership(seen)
     if seen.aborts_in_a_row >= REPEATED_ABORTS:
         return Verdict(State.ABORTING, f"{seen.aborts_in_a_row} transactions in a row were aborted; the log says why")
     stuck = {p: s for p, s in seen.shards.items() if s.lag != 0 and now_s - s.waiting_since_s >= stalled_after_s}
@@ -113,12 +118,29 @@ def judge(seen: Seen, now_s: float, stalled_after_s: float) -> Verdict:
         return Verdict(State.NOT_PROGRESSING, "; ".join(_why_stuck(p, s, now_s) for p, s in sorted(stuck.items())))
     if seen.restoring:
         return _judge_restore(seen)
+    if outdated is not None:
+        return outdated
     lags = [shard.lag for shard in seen.shards.values()]
     if any(lags):
         return Verdict(State.PROGRESSING, f"{sum(lag or 0 for lag in lags)} records behind, and advancing")
     if None in lags:
         return Verdict(State.ASSIGNED, "partitions are assigned; not all their ends have been seen yet")
     return Verdict(State.IDLE, "every record is done")
+
+
+def _judge_model(seen: Seen) -> Verdict | None:
+    """A model that is refused is no reason: no member serves it. One that only this member lacks is."""
+    standing = seen.standing
+    if seen.waiting:
+        rows = ", ".join(f"partition {p} of {version}" for p, version in sorted(seen.waiting.items()))
+        return Verdict(State.OUTDATED, f"serves {standing.served}; rows wait for a later model: {rows}{_why(standing)}")
+    if standing.refused_for == "missing":
+        return Verdict(State.OUTDATED, f"serves {standing.served}; {standing.announced} is announced{_why(standing)}")
+    return None
+
+
+def _why(standing: Standing) -> str:
+    return f": {standing.problem}" if standing.problem else ""
 
 
 def _judge_membership(seen: Seen) -> Verdict:
@@ -162,11 +184,10 @@ class Health:
             model_version: version of the model that is served.
             clock: seconds that never go back.
         """
-        self.model_version = model_version
         self._stalled_after_s = stalled_after_s
         self._clock = clock
         self._sampled_at: float | None = None
-        self._seen = Seen(ticked_s=clock())
+        self._seen = Seen(ticked_s=clock(), standing=Standing(model_version))
 
     # What the loop tells
 
@@ -210,6 +231,10 @@ class Health:
         """Rows were read, or need not be any more."""
         self._seen = replace(self._seen, restoring=dict(done.remaining))
 
+    def following(self, standing: Standing, waiting: Mapping[int, str]) -> None:
+        """Another model is served, announced or refused; partitions wait for one."""
+        self._seen = replace(self._seen, standing=standing, waiting=dict(waiting))
+
     # What is asked
 
     def alive(self) -> bool:
@@ -224,7 +249,9 @@ class Health:
             "state": verdict.state.value,
             "ready": verdict.ready,
             "reason": verdict.reason,
-            "model_version": self.model_version,
+            "model_version": seen.standing.served,
+            "announced_version": seen.standing.announced or seen.standing.served,
+            "model_problem": seen.standing.problem or None,
             "last_turn_s": round(now - seen.ticked_s, 3),
             "aborts_in_a_row": seen.aborts_in_a_row,
             "partitions": [

@@ -222,7 +222,7 @@ def _hash_of(key: bytes) -> int:
 
 def _model(config: Config, notes: list[str]) -> Model | None:
     try:
-        return service.served_model(config)
+        return service.champion(config)
     except ModelError as error:
         notes.append(f"no model, so no names of levels, no prior and no contributions: {error}")
         return None

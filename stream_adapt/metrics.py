@@ -36,6 +36,7 @@ from prometheus_client.utils import floatToGoString
 
 from stream_adapt.commit import Outcome
 from stream_adapt.decode import REASONS
+from stream_adapt.follow import REFUSALS, Standing
 from stream_adapt.record import NO_LEVEL, Adapted, Batch, Flag, Floats, Work
 from stream_adapt.restore import Slice
 from stream_adapt.state.row import DAMAGES, ControlRow, Kind
@@ -286,6 +287,26 @@ FAMILIES: tuple[Family, ...] = (
     ),
     # What runs
     Family("stream_adapt_model_info", "info", "", "The model that is served.", {"version": OPEN}),
+    Family("stream_adapt_model_swaps_total", "counter", "swaps", "Times another model was taken into service."),
+    Family(
+        "stream_adapt_models_refused_total",
+        "counter",
+        "refusals",
+        "Times an announced model was looked at and not served: missing, damaged, or unfit for the rows.",
+        {"reason": tuple(REFUSALS)},
+    ),
+    Family(
+        "stream_adapt_model_outdated",
+        "gauge",
+        "",
+        "1 while another model is announced than the one that is served.",
+    ),
+    Family(
+        "stream_adapt_model_waiting_partitions",
+        "gauge",
+        "partitions",
+        "Partitions that are not read because their rows are of a model that this member does not serve yet.",
+    ),
     Family(
         "stream_adapt_build_info",
         "info",
@@ -506,16 +527,12 @@ class Metrics(Collector):
         self._batch_sizes = self._slab.view(_family("stream_adapt_batch_records"))
         self._end_to_end = self._slab.view(_family("stream_adapt_end_to_end_seconds"))
         self._slab.put("stream_adapt_last_commit_timestamp_seconds", value=clock())
-        self.serving(model_version, target_level, tables)
-        registry.register(self)
-
-    def serving(self, model_version: str, target_level: int, tables: Mapping[Kind, Table]) -> None:
-        """This model is served from now on; arguments as at the start."""
         self._target_level = target_level
         self._tables = dict(tables)
         self._open["stream_adapt_model_info"] = {(model_version,): 1.0}
         self._sample_rows()
         self._publish()
+        registry.register(self)
 
     # What the loop tells
 
@@ -580,6 +597,16 @@ class Metrics(Collector):
         for reason, count in done.refused.items():
             self._slab.add("stream_adapt_rows_refused_total", reason, value=count)
         self._open["stream_adapt_restore_remaining_records"] = {(str(p),): n for p, n in done.remaining.items()}
+        self._publish()
+
+    def following(self, standing: Standing, waiting: Mapping[int, str]) -> None:
+        """Another model is served, announced or refused; partitions wait for one."""
+        self._open["stream_adapt_model_info"] = {(standing.served,): 1.0}
+        self._slab.put("stream_adapt_model_swaps_total", value=standing.swaps)
+        for reason, count in standing.refusals.items():
+            self._slab.put("stream_adapt_models_refused_total", reason, value=count)
+        self._slab.put("stream_adapt_model_outdated", value=float(standing.announced is not None))
+        self._slab.put("stream_adapt_model_waiting_partitions", value=len(waiting))
         self._publish()
 
     # What a scrape reads, in whatever thread

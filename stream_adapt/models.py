@@ -3,12 +3,16 @@
 A model is a folder `<registry>/<version>/` with `model.safetensors` and `manifest.json`. It is written to a
 temporary name and renamed, so that a half-written model is never seen; it is read only if the hash is right, the
 shapes fit the manifest, and every number is finite. Nothing here can execute code.
+
+A version that was trained from another one names it as its `parent`. It is served only when it is announced
+(`announcements.py`); `check_successor` says whether it can follow another one in a running loop.
 """
 
 from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import time
 from collections.abc import Mapping
@@ -21,12 +25,16 @@ import numpy.typing as npt
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from stream_adapt.errors import ModelError
+from stream_adapt.errors import ModelError, ModelMissing, ModelUnfit
 from stream_adapt.learner.encoder import Feature, FittedFeature
 from stream_adapt.learner.feedback import Feedback
 
-#: Raised by one when the meaning of a manifest or of an array changes.
-MODEL_FORMAT = 2
+#: Raised by one when the meaning of a manifest or of an array changes. 3: parent, window, rows and decision.
+MODEL_FORMAT = 3
+#: What this release reads.
+_READABLE = (2, 3)
+#: What a version may be called: it names a folder, and comes from a topic.
+_VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 
 #: No number of `implicit_item` is beyond it: 2³¹ events of such items add up to what a row can hold.
 LARGEST_IMPLICIT = 1e6
@@ -34,6 +42,9 @@ LARGEST_IMPLICIT = 1e6
 Floats32 = npt.NDArray[np.float32]
 RuleName = Literal["kalman", "gradient"]
 Covariance = Literal["diagonal", "full"]
+#: What becomes of rows when a model takes another one's place. carry: they stay as they are, byte for byte.
+#: restart_items: those of users do; items start anew, as the new model has them.
+RowMode = Literal["carry", "restart_items"]
 
 
 class LearnerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -55,6 +66,26 @@ class LearnerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return (2,) if self.rule == "kalman" else (2, self.dimension + 1)
 
 
+class DataWindow(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The events that a model was trained on."""
+
+    source: str  # a topic, or a data set
+    events: int
+    first_ms: int  # times of the first and the last event
+    last_ms: int
+    offsets: dict[int, tuple[int, int]] = {}  # of a topic, by partition: first offset, and last offset + 1
+
+
+class Decision(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Whether a model went live, and why."""
+
+    outcome: Literal["promoted", "rejected", "rolled_back"]
+    reason: str
+    decided_ms: int
+    decided_by: str
+    figures: dict[str, float] = {}  # what it was decided by
+
+
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What a model file holds, where it came from, and how well it did."""
 
@@ -66,6 +97,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     fitted: tuple[FittedFeature, ...]
     trained_on: dict[str, Any] = {}  # source, events, first and last timestamp
     figures: dict[str, float] = {}  # validation figures of training
+    parent: str | None = None  # version that training started from; None: from nothing
+    window: DataWindow | None = None
+    rows: RowMode | None = None  # how it was judged, and is to take its parent's place; None: nobody said
+    decision: Decision | None = None  # the last one
 
 
 class SlowWeights(msgspec.Struct, frozen=True):
@@ -136,10 +171,14 @@ def write_model(
     *,
     trained_on: Mapping[str, Any] | None = None,
     figures: Mapping[str, float] | None = None,
+    parent: str | None = None,
+    window: DataWindow | None = None,
+    rows: RowMode | None = None,
 ) -> Path:
     """Writes a new version below `registry` and returns its folder.
 
-    The version is the time of creation and the first digits of the hash of the weights.
+    The version is the time of creation and the first digits of the hash of the weights. One with a `parent` is served
+    only when it is announced.
 
     Raises:
         ModelError: the weights are not finite or their shapes do not fit the spec.
@@ -159,8 +198,32 @@ def write_model(
         fitted=fitted,
         trained_on=dict(trained_on or {}),
         figures=dict(figures or {}),
+        parent=parent,
+        window=window,
+        rows=rows,
     )
-    return _publish(registry / version, content, msgspec.json.format(msgspec.json.encode(manifest), indent=2))
+    return _publish(registry / version, content, _as_json(manifest))
+
+
+def record_decision(folder: Path, decision: Decision) -> Manifest:
+    """Writes a decision into a version's manifest, in the place of an earlier one; θ and its hash stay.
+
+    Raises:
+        ModelError: the manifest cannot be read or written.
+    """
+    path = folder / "manifest.json"
+    manifest = msgspec.structs.replace(_read_manifest(path), format=MODEL_FORMAT, decision=decision)
+    partial = folder / f".manifest.{os.getpid()}"
+    try:
+        partial.write_bytes(_as_json(manifest))
+        partial.replace(path)
+    except OSError as error:
+        raise ModelError(f"{path}: the decision cannot be written: {error.strerror}") from error
+    return manifest
+
+
+def _as_json(manifest: Manifest) -> bytes:
+    return msgspec.json.format(msgspec.json.encode(manifest), indent=2)
 
 
 def _publish(folder: Path, content: bytes, manifest: bytes) -> Path:
@@ -175,18 +238,23 @@ def _publish(folder: Path, content: bytes, manifest: bytes) -> Path:
 
 
 def read_model(folder: Path) -> Model:
-    """Reads and verifies a model folder; `folder` may also be a registry, then its newest version is taken.
+    """Reads and verifies a model folder; `folder` may also be a registry, then its newest version without a parent.
 
     Raises:
+        ModelMissing: there is no such folder, or not all of its files.
         ModelError: says which file, what is wrong with it, and what to do.
     """
-    folder = _version_folder(folder)
+    return _read(folder if (folder / "manifest.json").exists() else Registry(folder).newest())
+
+
+def _read(folder: Path) -> Model:
     manifest = _read_manifest(folder / "manifest.json")
     path = folder / "model.safetensors"
     try:
         content = path.read_bytes()
     except OSError as error:
-        raise ModelError(f"{path}: cannot be read ({error.strerror}); write the model again with `pretrain`") from error
+        kind = ModelMissing if isinstance(error, FileNotFoundError) else ModelError
+        raise kind(f"{path}: cannot be read ({error.strerror}); write the model again with `pretrain`") from error
     digest = hashlib.sha256(content).hexdigest()
     if digest != manifest.sha256:
         raise ModelError(f"{path}: its SHA-256 is {digest}, the manifest says {manifest.sha256}: damaged or replaced")
@@ -202,27 +270,127 @@ def _same_array(_: type, value: Any) -> Any:
     return value
 
 
-def _version_folder(folder: Path) -> Path:
-    if (folder / "manifest.json").exists():
-        return folder
-    versions = sorted(p.parent for p in folder.glob("[!.]*/manifest.json")) if folder.is_dir() else []
-    if not versions:
-        raise ModelError(f"{folder}: no model here (no manifest.json); make one with `stream-adapt pretrain`")
-    return versions[-1]
+class Registry:
+    """Versions of models: a folder with a folder for each."""
+
+    def __init__(self, path: Path) -> None:
+        """Opens the registry.
+
+        Args:
+            path: the registry, or one version's folder in it.
+        """
+        self.path = path.parent if (path / "manifest.json").exists() else path
+
+    def versions(self) -> list[str]:
+        """Names of all versions that have a manifest, as they were made, oldest first."""
+        return sorted(p.parent.name for p in self.path.glob("[!.]*/manifest.json"))
+
+    def folder(self, version: str) -> Path:
+        """Folder of a version, whether it is there or not.
+
+        Raises:
+            ModelError: no version is called that.
+        """
+        if not _VERSION.fullmatch(version):
+            raise ModelError(
+                f"{self.path}: {version[:200]!r} is no version: letters, digits, dots, dashes, underscores"
+            )
+        return self.path / version
+
+    def manifest(self, version: str) -> Manifest:
+        """What a version says of itself; θ is not looked at.
+
+        Raises:
+            ModelMissing, ModelError: as `read`.
+        """
+        return _read_manifest(self.folder(version) / "manifest.json")
+
+    def read(self, version: str) -> Model:
+        """A version, verified.
+
+        Raises:
+            ModelMissing: it is not in the registry, or not all of its files are.
+            ModelError: says which file, what is wrong with it, and what to do.
+        """
+        model = _read(self.folder(version))
+        if model.version != version:
+            raise ModelError(f"{self.folder(version)}: its manifest says version {model.version}: renamed or replaced")
+        return model
+
+    def newest(self) -> Path:
+        """Folder of the newest version without a parent: one that has is a refresh's, and served when announced.
+
+        Raises:
+            ModelMissing: there is none.
+        """
+        versions = self.versions()
+        for version in reversed(versions):
+            if self.manifest(version).parent is None:
+                return self.path / version
+        if versions:
+            raise ModelMissing(
+                f"{self.path}: all of its {len(versions)} versions have a parent, and none is announced. To do: "
+                "`stream-adapt models promote`, or set model.path to the folder of a version"
+            )
+        raise ModelMissing(f"{self.path}: no model here (no manifest.json); make one with `stream-adapt pretrain`")
 
 
 def _read_manifest(path: Path) -> Manifest:
     try:
         raw = msgspec.json.decode(path.read_bytes())
+    except FileNotFoundError as error:
+        raise ModelMissing(f"{path}: not there. To do: copy the version into the registry") from error
     except (OSError, msgspec.DecodeError) as error:
         raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
     found = raw.get("format") if isinstance(raw, dict) else None
-    if found != MODEL_FORMAT:
-        raise ModelError(f"{path}: format={found!r}, this release reads {MODEL_FORMAT}; pretrain again")
+    if found not in _READABLE:
+        raise ModelError(
+            f"{path}: format={found!r}, this release reads {', '.join(map(str, _READABLE))}; pretrain again"
+        )
     try:
-        return msgspec.convert(raw, Manifest)
+        return msgspec.convert(raw, Manifest, str_keys=True)
     except msgspec.ValidationError as error:
         raise ModelError(f"{path}: {error}") from error
+
+
+def check_successor(served: Model, successor: Model) -> None:
+    """Whether a model can take another one's place while rows live on.
+
+    Rows of users are carried, by every row mode: they hold deviations from θ's prior, and the sum of f(item) over what
+    the user has met. So what rows are made of must be the same, and f must be kept for items that both models know.
+
+    Args:
+        served: the model that rows are of.
+        successor: what is to be served.
+
+    Raises:
+        ModelUnfit: says what differs.
+    """
+    different = [
+        f"{name}={getattr(successor.spec, name)!r} and not {getattr(served.spec, name)!r}"
+        for name in LearnerSpec.__struct_fields__
+        if getattr(successor.spec, name) != getattr(served.spec, name)
+    ]
+    if different:
+        raise ModelUnfit(
+            f"{successor.version} cannot take the place of {served.version}, which rows are of: "
+            f"{'; '.join(different)}. To do: train it with the same settings; or stop all members, `stream-adapt state "
+            "reset`, and set model.path"
+        )
+    moved, both = _moved_f(served.weights, successor.weights)
+    if moved:
+        raise ModelUnfit(
+            f"{successor.version} cannot take the place of {served.version}: implicit_item differs for {moved} of the "
+            f"{both} items that both know, and users' rows hold sums of it. To do: train it from {served.version} with "
+            "implicit_item held; or stop all members, `stream-adapt state reset`, and set model.path"
+        )
+
+
+def _moved_f(old: SlowWeights, new: SlowWeights) -> tuple[int, int]:
+    """How many of the items that both know have another f, and how many both know."""
+    _, at_old, at_new = np.intersect1d(old.item_hash, new.item_hash, assume_unique=True, return_indices=True)
+    moved = (old.implicit_item[at_old] != new.implicit_item[at_new]).any(axis=1)
+    return int(np.count_nonzero(moved)), len(at_old)
 
 
 def _check(weights: SlowWeights, spec: LearnerSpec, fitted: tuple[FittedFeature, ...], where: str) -> None:

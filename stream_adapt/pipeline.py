@@ -10,14 +10,15 @@ is adapt that finds it, and it teaches nothing there.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 
 import numpy as np
 
-from stream_adapt.adapt import Adapter
+from stream_adapt.adapt import Adapter, Slow
 from stream_adapt.decode import Decoder, dead_letter
 from stream_adapt.emit import Emitter
+from stream_adapt.learning import Summary, summarize
 from stream_adapt.record import Adapted, Batch, DeadLetter, Flag, Outputs, RawBatch, Source, Work, selected
 from stream_adapt.state.row import ControlRow
 
@@ -26,7 +27,7 @@ StageTimer = Callable[[str, float], None]
 
 
 class Pipeline:
-    """Decoder, adapter and emitter of one model, in order."""
+    """Decoder, adapter and emitter, in order, for one model at a time."""
 
     def __init__(self, decoder: Decoder, adapter: Adapter, emitter: Emitter, late_is_dead: bool = False) -> None:
         self.decoder = decoder
@@ -63,12 +64,30 @@ class Pipeline:
         self.timer("emit", ended - learned)
         return Work(outputs, batch, adapted, dead, ended - started)
 
-    def changes(self, controls: Iterable[ControlRow]) -> list[Outputs]:
-        """The rows that changed since the last commit, and where their shards then stand: for the changelog."""
+    def serve(self, slow: Slow) -> None:
+        """Serves another model from now on, of the same spec: what it reads and what feedback means stay."""
+        self.adapter.serve(slow)
+        self.emitter.model_version = slow.model.version
+
+    def changes(self, controls: Iterable[ControlRow], done: Sequence[Work] = ()) -> list[Outputs]:
+        """What ends a transaction: rows that changed since the last commit and where their shards then stand, for the
+        changelog, and summaries of what was learned, for the learning topic.
+        """
         started = time.perf_counter()
         outputs = list(self.emitter.rows(self.adapter.overlay, controls))
+        if summaries := self._summaries(done):
+            outputs.append(self.emitter.learning(summaries))
         self.timer("changelog", time.perf_counter() - started)
         return outputs
+
+    def _summaries(self, done: Sequence[Work]) -> list[Summary]:
+        model = self.adapter.model
+        return summarize(
+            [(work.batch, work.adapted) for work in done],
+            window=model.spec.window,
+            target_level=model.spec.feedback.target_level,
+            model_version=model.version,
+        )
 
 
 def _without_late(raw: RawBatch, batch: Batch, adapted: Adapted) -> tuple[Batch, Adapted, list[DeadLetter]]:

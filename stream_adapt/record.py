@@ -7,7 +7,7 @@ the records were consumed. Within one partition that is offset order.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from enum import IntFlag
 from typing import Any, NewType, Protocol, TypeVar
 
@@ -120,11 +120,15 @@ class TopicNames:
     scores: str
     dead_letters: str
     changelog: str
+    learning: str
+    alarms: str
+    models: str = ""  # which model is served; read and written beside the loop
+    refresh: str = ""  # where a refresh is; the same
 
     @classmethod
     def of(cls, app: str) -> TopicNames:
         """The names that an app's topics have unless it is told otherwise."""
-        return cls(f"{app}.events", f"{app}.scores", f"{app}.dead-letters", f"{app}.changelog")
+        return cls(*(f"{app}.{role.name.replace('_', '-')}" for role in fields(cls)))
 
 
 class Message(Protocol):
@@ -207,14 +211,15 @@ class Batch:
     partitions: Ints
     offsets: Longs
     erasures: Sequence[Erasure] = ()  # in consumption order
+    domains: Sequence[str | None] = ()  # none: no event has one
 
     def __len__(self) -> int:
         return len(self.event_ids)
 
     def between(self, start: int, stop: int) -> Batch:
         """Some of the events, without erasures."""
-        columns = [getattr(self, column.name)[start:stop] for column in fields(self) if column.name != "erasures"]
-        return Batch(*columns)
+        names = [column.name for column in fields(self) if column.name != "erasures"]
+        return Batch(**{name: getattr(self, name)[start:stop] for name in names})
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,6 +233,7 @@ class Adapted:
     adaptations: Longs  # of this user so far, this event included if it taught
     flags: npt.NDArray[np.uint8]  # bits of Flag
     erased: Sequence[bool] = ()  # for each erasure, whether there was a row
+    unseen: npt.NDArray[np.bool_] = field(default_factory=lambda: np.zeros(0, np.bool_))  # θ does not know the item
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,7 +294,7 @@ def selected(columns: _Columns, chosen: npt.NDArray[np.bool_]) -> _Columns:
         values = getattr(columns, column.name)
         if isinstance(values, np.ndarray):
             kept[column.name] = values[chosen]
-        elif column.name in _NOT_BY_EVENT:
+        elif column.name in _NOT_BY_EVENT or not values:
             kept[column.name] = [] if column.name == "features" else values
         else:
             kept[column.name] = [value for value, wanted in zip(values, chosen.tolist(), strict=True) if wanted]

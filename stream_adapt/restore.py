@@ -6,8 +6,9 @@ It is done in slices between the turns of the loop, so that the other shards go 
                             └──cancel: taken away──▶ (nothing)
 
 A record that is damaged is left out, counted and told of: the row's last undamaged version stands, or the user starts
-anew. A shard whose rows and offsets, or rows and model, do not belong together is a `StateMismatch`: going on would
-learn events twice, or not at all, and nobody would notice.
+anew. A shard whose rows and offsets do not belong together, or whose rows have another form than the model's, is a
+`StateMismatch`: going on would learn events twice, or not at all, and nobody would notice. Rows of another model of the
+same form are none: a swap happened while the shard moved, or while nobody ran. What becomes of them: `runner.py`.
 """
 
 from __future__ import annotations
@@ -41,7 +42,6 @@ class Expected:
     topics: TopicNames
     group: str
     topic_id: str  # of the input topic; empty: not known
-    model_version: str
     exactly_once: bool
 
 
@@ -133,18 +133,22 @@ class Restorer:
             self._shards.pop(partition, None)
         self._observe(Slice(self._remaining(), 0, 0.0, {}))
 
-    def step(self, budget_s: float) -> list[int]:
+    def step(self, budget_s: float) -> dict[int, ControlRow | None]:
         """Goes on for about `budget_s`; returns the shards whose rows are all there and belong there.
 
-        A shard with which another member has gone on meanwhile is left as it is: this one stood still, and hears at its
+        With each its control row; None where nothing was ever committed. A shard with which another member has gone on meanwhile is left as it is: this one stood still, and hears at its
         next poll that the shard was taken away.
 
         Raises:
             StateMismatch: they do not belong there; says what to do.
             KafkaRefused: the changelog cannot be read.
         """
-        done = self.read(budget_s)
-        return [partition for partition in done if self._finish(self._shards.pop(partition))]
+        done = {}
+        for partition in self.read(budget_s):
+            shard = self._shards.pop(partition)
+            if self._finish(shard):
+                done[partition] = shard.control
+        return done
 
     def read(self, budget_s: float) -> list[int]:
         """The first half of a step: takes rows in; returns the shards whose rows are all there, before any check."""
@@ -200,14 +204,8 @@ class Restorer:
             seconds=round(seconds, 3),
             records_per_s=round(shard.records / max(seconds, 1e-6)),
             next_offset=shard.control and shard.control.next_offset,
+            model=shard.control and shard.control.model_version,
         )
-        if shard.control is not None and shard.control.model_version not in ("", self._expected.model_version):
-            log.info(
-                "rows of another model are carried: they are deviations from what a model says",
-                partition=shard.partition,
-                rows_of=shard.control.model_version,
-                served=self._expected.model_version,
-            )
         return True
 
     def _overtaken(self, shard: Shard) -> bool:
@@ -340,12 +338,12 @@ def _remove(table: Table, partition: int, key: bytes) -> None:
 
 
 def check(shard: Shard, rows: int, expected: Expected) -> None:
-    """Whether the rows of a shard belong to the group's offset, to the input topic and to the model.
+    """Whether the rows of a shard belong to the group's offset and to the input topic, and have the model's form.
 
     Raises:
         StateMismatch: with both values and the remedies.
     """
-    _check_model(shard, expected)
+    _check_form(shard, expected)
     where = f"{expected.topics.changelog}[{shard.partition}]"
     control, committed = shard.control, shard.committed
     reset = f"`stream-adapt state reset -c FILE --partition {shard.partition}` (the shard starts anew)"
@@ -382,7 +380,7 @@ def check(shard: Shard, rows: int, expected: Expected) -> None:
         )
 
 
-def _check_model(shard: Shard, expected: Expected) -> None:
+def _check_form(shard: Shard, expected: Expected) -> None:
     where = f"{expected.topics.changelog}[{shard.partition}]"
     for key, (offset, problem) in shard.foreign.items():
         if isinstance(problem, NewerFormat):
@@ -391,8 +389,8 @@ def _check_model(shard: Shard, expected: Expected) -> None:
         raise StateMismatch(
             f"{where}@{offset}: a row ({kind}) is of another model: {problem}. Rows in all: "
             f"{len(shard.foreign)}. To do: serve the model that the rows are of (control row: "
-            f"{shard.control.model_version if shard.control else 'none'}; served: {expected.model_version}), or start "
-            f"anew: `stream-adapt state reset -c FILE --partition {shard.partition}`"
+            f"{shard.control.model_version if shard.control else 'none'}), or start anew: `stream-adapt state reset -c "
+            f"FILE --partition {shard.partition}`"
         )
 
 

@@ -11,11 +11,20 @@ The way of a shard, the rows of one partition:
     | –         | assigned (in a poll)               | ask for its committed offset; pause it              | restoring |
     | restoring | a turn                             | a slice of its rows                                 | restoring |
     | restoring | all rows are there and belong here | resume it at the committed offset                   | live      |
+    | restoring | so, of a model announced after the | nothing: that model is looked for                   | waiting   |
+    |           | one that is served here            |                                                     |           |
     | restoring | all rows are there and do not      | `StateMismatch`                                     | exit 5    |
+    | waiting   | that model, or a later one, is     | resume it at the committed offset                   | live      |
+    |           | served                             |                                                     |           |
     | live      | a turn                             | its records, in the batch: scores, rows and offsets | live      |
     | any       | revoked or lost (in a poll)        | drop its rows, cancel its restore                   | –         |
 
 Rebalances happen in polls alone, and nothing is in flight there.
+
+Another model is served from the start of a turn on. A shard's control row names the model that its rows are of; where
+that is another one than the one served, the shard's next transaction — an empty one, if need be — does to its rows what
+the announcement says, and writes a control row that names the new model and the offset. So a shard goes over once,
+whoever dies meanwhile, and its scores never go back to an older model.
 """
 
 from __future__ import annotations
@@ -25,11 +34,15 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
 import structlog
 
+from stream_adapt.adapt import Slow
 from stream_adapt.breaker import Breaker
 from stream_adapt.commit import Delivery, Outcome
+from stream_adapt.follow import Settled, Standing
 from stream_adapt.kafka.consumer import InputConsumer
+from stream_adapt.models import RowMode
 from stream_adapt.pipeline import Pipeline
 from stream_adapt.quarantine import Quarantine
 from stream_adapt.record import Outputs, RawBatch, Work
@@ -59,6 +72,17 @@ class Observer(Protocol):
     def aborted(self) -> None: ...
     def rebalanced(self, kind: str, partitions: Collection[int]) -> None: ...
     def restoring(self, done: Slice) -> None: ...
+    def following(self, standing: Standing, waiting: Mapping[int, str]) -> None: ...
+
+
+class Models(Protocol):
+    """What says which model is to be served."""
+
+    standing: Standing
+
+    def due(self) -> Slow | None: ...
+    def ahead(self, version: str) -> bool: ...
+    def row_mode(self, version: str) -> RowMode: ...
 
 
 class Restoring(Protocol):
@@ -68,7 +92,7 @@ class Restoring(Protocol):
     def unfinished(self) -> Collection[int]: ...
     def begin(self, committed: Mapping[int, int | None]) -> None: ...
     def cancel(self, partitions: Collection[int]) -> None: ...
-    def step(self, budget_s: float) -> list[int]: ...
+    def step(self, budget_s: float) -> Mapping[int, ControlRow | None]: ...
 
 
 class Observers:
@@ -112,6 +136,11 @@ class Observers:
         for observer in self._observers:
             observer.restoring(done)
 
+    def following(self, standing: Standing, waiting: Mapping[int, str]) -> None:
+        """Another model is served, announced or refused; partitions wait for the model that their rows are of."""
+        for observer in self._observers:
+            observer.following(standing, waiting)
+
 
 @dataclass(frozen=True)
 class Pace:
@@ -137,6 +166,7 @@ class Runner:
         topic_id: str = "",
         breaker: Breaker | None = None,
         quarantine: Quarantine | None = None,
+        models: Models | None = None,
         clock: Callable[[], float] = time.time,
         sleep: Callable[[float], object] = time.sleep,
     ) -> None:
@@ -151,6 +181,10 @@ class Runner:
         self._topic_id = topic_id
         self._breaker = breaker
         self._quarantine = quarantine or Quarantine()
+        self._models: Models = models or Settled(pipeline.adapter.model.version)
+        self._going_over: dict[int, RowMode] = {}  # live shards whose control row names another model
+        self._waiting: dict[int, ControlRow] = {}  # shards whose rows are of a model that is not served here yet
+        self._told: tuple[Standing, dict[int, str]] | None = None
         self._clock = clock
         self._sleep = sleep
         self._pause_s = _FIRST_PAUSE_S
@@ -169,12 +203,13 @@ class Runner:
 
     def turn(self) -> None:
         """One batch: poll, process, commit or put back."""
+        self._follow()
         started = time.perf_counter()
         limit = self._quarantine.limit(self._pace.max_batch, self._consumer.positions.next_offsets)
         raw = self._consumer.poll(limit, self._patience_s())
         self._observer.stage("poll", time.perf_counter() - started)
         self._observer.polled(len(raw))
-        starts = self._uncommitted_starts()
+        starts = self._starts()
         if len(raw) or starts:
             self._process(raw, starts)
         else:
@@ -196,18 +231,56 @@ class Runner:
         self._restorer.cancel(partitions)
         self._pipeline.adapter.drop(partitions)
         for partition in partitions:
-            self.shards.pop(partition, None)
+            for held in (self.shards, self._going_over, self._waiting):
+                held.pop(partition, None)
         self._observer.rebalanced("revoked", partitions)
 
+    def _follow(self) -> None:
+        """Serves another model if one is due: nothing is in flight here."""
+        slow = self._models.due()
+        if slow is not None:
+            before = self._served
+            self._pipeline.serve(slow)
+            log.info("another model is served", model=self._served, before=before, partitions=sorted(self.shards))
+            for partition in self.shards:
+                self._mark(partition)
+        for partition in [p for p, row in self._waiting.items() if not self._models.ahead(row.model_version)]:
+            self._go_live(partition, self._waiting.pop(partition))
+        told = self._models.standing, {p: row.model_version for p, row in self._waiting.items()}
+        if told != self._told:
+            self._told = told
+            self._observer.following(*told)
+
     def _restore(self) -> None:
-        """A slice; shards whose rows are all there go live."""
-        done = self._restorer.step(_SLICE_S if self.shards else _LONG_SLICE_S)
-        if done:
-            self._consumer.resume(done)
-        for partition in done:
-            offset = self._consumer.positions.next_offsets[partition]
-            self._pipeline.adapter.resume(partition, offset)
+        """A slice; shards whose rows are all there go live, unless they are of a model that is not served here yet."""
+        for partition, row in self._restorer.step(_SLICE_S if self.shards else _LONG_SLICE_S).items():
+            if row is not None and self._models.ahead(row.model_version):
+                self._waiting[partition] = row
+                log.warning("rows of a later model wait for it", partition=partition, model=row.model_version)
+            else:
+                self._go_live(partition, row)
+
+    def _go_live(self, partition: int, row: ControlRow | None) -> None:
+        """Reads the records of a shard whose rows are all there; `row` says which model they are of."""
+        self._consumer.resume([partition])
+        offset = self._consumer.positions.next_offsets[partition]
+        self._pipeline.adapter.resume(partition, offset)
+        if row is None or not row.model_version:
             self.shards[partition] = self._control_row(partition, offset)
+        else:
+            self.shards[partition] = msgspec.structs.replace(row, next_offset=offset, topic_id=self._topic_id)
+        self._mark(partition)
+
+    def _mark(self, partition: int) -> None:
+        """Notes whether a live shard has yet to go over to the model that is served."""
+        version = self.shards[partition].model_version
+        self._going_over.pop(partition, None)
+        if version != self._served:
+            self._going_over[partition] = self._models.row_mode(version)
+
+    @property
+    def _served(self) -> str:
+        return self._pipeline.adapter.model.version
 
     def _patience_s(self) -> float:
         """How long a poll may wait for a batch to fill: not at all while only restoring is to be done."""
@@ -215,10 +288,13 @@ class Runner:
             return self._pace.latency_s
         return min(self._pace.latency_s, _SLICE_S) if self.shards else 0.0
 
-    def _uncommitted_starts(self) -> dict[int, int]:
-        """Where live shards that are new to the group begin: committed with the first batch, empty as it may be."""
+    def _starts(self) -> dict[int, int]:
+        """Where live shards begin that are new to the group, or to the model: committed with the first batch, empty as
+        it may be."""
         positions = self._consumer.positions
-        return {p: positions.next_offsets[p] for p in positions.uncommitted_start if p in self.shards}
+        return {
+            p: positions.next_offsets[p] for p in (*positions.uncommitted_start, *self._going_over) if p in self.shards
+        }
 
     def _process(self, raw: RawBatch, starts: Mapping[int, int]) -> None:
         next_offsets = {**starts, **raw.next_offsets}
@@ -237,15 +313,18 @@ class Runner:
             self._keep(raw, done, controls, outcome)
 
     def _outputs(self, raw: RawBatch, done: list[Work], controls: list[ControlRow]) -> Iterator[Outputs]:
-        """What the batch leads to, computed chunk by chunk as it is asked for; then the rows that it changed."""
+        """What the batch leads to, computed chunk by chunk as it is asked for; then changed rows and summaries."""
         ends = {row.partition: row.next_offset for row in controls}
+        started = time.perf_counter()
+        self._pipeline.adapter.restart_items([p for p, mode in self._going_over.items() if mode == "restart_items"])
+        self._computing_s += time.perf_counter() - started
         for chunk in self._quarantine.chunks(raw, ends, CHUNK):
             work = self._pipeline(chunk, self._delivery.undeliverable)
             done.append(work)
             self._computing_s += work.seconds
             yield from work.outputs
         started = time.perf_counter()
-        changed = self._pipeline.changes(controls)
+        changed = self._pipeline.changes(controls, done)
         self._computing_s += time.perf_counter() - started
         yield from changed
 
@@ -253,6 +332,10 @@ class Runner:
         self._pipeline.adapter.commit()
         self._consumer.advance({row.partition: row.next_offset for row in controls})
         self.shards |= {row.partition: row for row in controls}
+        if self._going_over:
+            since = {p: self.shards[p].model_since for p in self._going_over}
+            log.info("shards went over to the model", model=self._served, rows=self._going_over, since=since)
+            self._going_over = {}
         work = Work.joined(done)
         self.events += work.records
         self._pause_s = _FIRST_PAUSE_S
@@ -268,14 +351,16 @@ class Runner:
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 
     def _control_row(self, partition: int, next_offset: int) -> ControlRow:
-        adapter = self._pipeline.adapter
+        adapter, before = self._pipeline.adapter, self.shards.get(partition)
+        goes_on = before is not None and before.model_version == self._served
         return ControlRow(
             partition=partition,
             next_offset=next_offset,
-            model_version=adapter.model.version,
+            model_version=self._served,
             topic_id=self._topic_id,
             updated_ms=int(self._clock() * 1000),
             layouts=fingerprints([adapter.users, adapter.items]),
+            model_since=before.model_since if before and goes_on else self._consumer.positions.next_offsets[partition],
         )
 
     def _enough(self) -> bool:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +18,14 @@ from confluent_kafka.admin import AdminClient
 from prometheus_client import CollectorRegistry
 
 from stream_adapt.adapt import Adapter
+from stream_adapt.announcements import Announcement, Announcements
 from stream_adapt.breaker import Breaker
 from stream_adapt.commit import AtLeastOnce, Delivery, ExactlyOnce
 from stream_adapt.config import Config
 from stream_adapt.decode import Decoder, Limits
 from stream_adapt.emit import Emitter
-from stream_adapt.errors import ConfigError, KafkaRefused, StateFull
+from stream_adapt.errors import ConfigError, KafkaRefused, ModelError, StateFull
+from stream_adapt.follow import Announced, Follower
 from stream_adapt.health import Health, HealthServer
 from stream_adapt.kafka import clients, properties
 from stream_adapt.kafka.changelog import ChangelogReader, check_changelog
@@ -33,7 +36,7 @@ from stream_adapt.kafka.topics import TopicSpec, product_topics
 from stream_adapt.learner.feedback import Feedback
 from stream_adapt.learner.rules.events import Screen
 from stream_adapt.metrics import Metrics
-from stream_adapt.models import Model, read_model
+from stream_adapt.models import Model, Registry, read_model
 from stream_adapt.pipeline import Pipeline
 from stream_adapt.quarantine import Quarantine
 from stream_adapt.record import Flag, TopicNames
@@ -57,7 +60,7 @@ class Finished(msgspec.Struct):
 
     events: int  # committed by it
     seconds: float
-    model_version: str
+    model_version: str  # served at the end
     metrics_port: int | None
 
 
@@ -75,10 +78,15 @@ def run(config: Config, shutdown: Shutdown, stop_after: int | None = None) -> Fi
     calm_collector()
     started = time.monotonic()
     finished = Finished(events=0, seconds=0.0, model_version="", metrics_port=None)
+    built: list[Pipeline] = []
     with ExitStack() as stack:
+        if config.refresh.mode == "child":
+            from stream_adapt.refresh.supervise import supervised
+
+            stack.enter_context(supervised(config))
 
         def observe(pipeline: Pipeline) -> Observer:
-            finished.model_version = pipeline.adapter.model.version
+            built.append(pipeline)
             if not config.metrics.enabled:
                 return Observers()
             watchers, finished.metrics_port = _watch(config, pipeline.adapter, stack)
@@ -86,6 +94,7 @@ def run(config: Config, shutdown: Shutdown, stop_after: int | None = None) -> Fi
 
         pace = replace(pace_of(config), stop_after_events=stop_after)
         finished.events = serve(config, shutdown, observe, pace)
+        finished.model_version = built[0].adapter.model.version
     finished.seconds = round(time.monotonic() - started, 3)
     return finished
 
@@ -128,8 +137,30 @@ def serve(config: Config, shutdown: Shutdown, observe: Callable[[Pipeline], Obse
     Raises:
         ConfigError, KafkaRefused, Fenced, DeadLetterBreaker: each says what to do.
     """
+    with _announcements(config) as announced:
+        return _serve(config, shutdown, observe, pace or pace_of(config), announced)
+
+
+@contextmanager
+def _announcements(config: Config) -> Iterator[Announcements | None]:
+    """The models topic with all that is announced now; None if it is not followed."""
+    if not config.model.follow:
+        yield None
+        return
+    with closing(Announcements(config)) as announced:
+        announced.read_to_end()
+        yield announced
+
+
+def _serve(
+    config: Config,
+    shutdown: Shutdown,
+    observe: Callable[[Pipeline], Observer],
+    pace: Pace,
+    announced: Announcements | None,
+) -> int:
     topics = config.topic_names
-    pipeline = build_pipeline(config, served_model(config), topics)
+    pipeline = build_pipeline(config, first_model(config, announced.history() if announced else []), topics)
     pipeline.adapter.warm_up()
     topic_id = check_topics(config, _longest_row(pipeline))
     observer = observe(pipeline)
@@ -141,16 +172,18 @@ def serve(config: Config, shutdown: Shutdown, observe: Callable[[Pipeline], Obse
     consumer = InputConsumer(properties.consumer(config), topics.events, start=config.input.start, listener=listener)
     restorer = build_restorer(config, pipeline, topic_id, observer, consumer)
     delivery = build_delivery(config, consumer)
+    follower = build_follower(config, announced, pipeline.adapter) if announced else None
     runner = Runner(
         consumer,
         pipeline,
         delivery,
         restorer,
         observer,
-        pace or pace_of(config),
+        pace,
         topic_id=topic_id,
         breaker=Breaker(topics, config.input.breaker_share, config.input.breaker_window),
         quarantine=quarantine,
+        models=follower,
     )
     log.info(
         "running",
@@ -163,10 +196,31 @@ def serve(config: Config, shutdown: Shutdown, observe: Callable[[Pipeline], Obse
         with quarantine:
             runner.run(shutdown)
     finally:
+        if follower is not None:
+            follower.close()
         delivery.close()
         consumer.close()
         restorer.close()
     return runner.events
+
+
+def first_model(config: Config, announced: list[Announcement]) -> Model:
+    """What a member begins with: what was announced last. If that cannot be had here, what was served before it, and
+    at last what the configuration names; the follower looks on.
+
+    Raises:
+        ConfigError: no model can be had.
+    """
+    registry = Registry(config.model.path)
+    for version in dict.fromkeys(v for one in reversed(announced) for v in (one.version, one.previous) if v):
+        try:
+            model = registry.read(version)
+            if any(one.version == version and one.sha256 != model.manifest.sha256 for one in announced):
+                raise ModelError(f"{registry.folder(version)}: not the file that was announced, by its SHA-256")
+            return as_configured(config, model)
+        except ConfigError as error:
+            log.warning("an announced model is not served", model=version, error=str(error))
+    return served_model(config)
 
 
 def served_model(config: Config) -> Model:
@@ -175,7 +229,27 @@ def served_model(config: Config) -> Model:
     Raises:
         ConfigError: the mapping's levels or target are not those the model was trained for.
     """
-    model = read_model(config.model.path)
+    return as_configured(config, read_model(config.model.path))
+
+
+def champion(config: Config) -> Model:
+    """The model that members serve: what was announced last or, where nothing was, what the configuration names.
+
+    Raises:
+        ConfigError: the model cannot be had here.
+        KafkaRefused: the models topic cannot be read.
+    """
+    with _announcements(config) as announced:
+        newest = announced.newest() if announced else None
+    return as_configured(config, Registry(config.model.path).read(newest.version)) if newest else served_model(config)
+
+
+def as_configured(config: Config, model: Model) -> Model:
+    """A model with the configuration's covariance and feedback mapping.
+
+    Raises:
+        ConfigError: the mapping's levels or target are not those the model was trained for.
+    """
     spec = model.spec
     if config.model.covariance is not None:
         spec = msgspec.structs.replace(spec, covariance=config.model.covariance)
@@ -271,6 +345,13 @@ def build_delivery(config: Config, consumer: InputConsumer) -> Delivery:
     )
 
 
+def build_follower(config: Config, announced: Announced, adapter: Adapter) -> Follower:
+    """What looks for the model that is announced."""
+    return Follower(
+        announced, Registry(config.model.path), adapter.model, partial(as_configured, config), adapter.ready
+    )
+
+
 def build_restorer(
     config: Config, pipeline: Pipeline, topic_id: str, observer: Observer, consumer: InputConsumer | None = None
 ) -> Restorer:
@@ -281,7 +362,6 @@ def build_restorer(
         topics=config.topic_names,
         group=config.group_id,
         topic_id=topic_id,
-        model_version=adapter.model.version,
         exactly_once=config.delivery == "exactly_once",
     )
     reader = build_changelog_reader(config)
@@ -337,7 +417,7 @@ def describe_topics(admin: AdminClient, config: Config) -> dict[str, Any]:
         KafkaRefused: a topic is missing or may not be described, or no broker answers.
     """
     topics = config.topic_names
-    names = [topics.events, topics.scores, topics.dead_letters, topics.changelog]
+    names = [topics.events, topics.scores, topics.dead_letters, topics.changelog, topics.learning, topics.alarms]
     futures = admin.describe_topics(TopicCollection(names), request_timeout=_ADMIN_TIMEOUT_S)
     described = {}
     for name, future in futures.items():

@@ -184,7 +184,7 @@ class ChangelogReader:
 
     def _ends(self, partitions: Collection[int]) -> tuple[dict[int, int], dict[int, int]]:
         """First offsets, and ends with all that is not committed yet, by partition."""
-        admin = clients.admin({k: v for k, v in self._properties.items() if not k.startswith(_CONSUMERS_OWN)})
+        admin = clients.admin({k: v for k, v in self._properties.items() if not k.startswith(CONSUMERS_OWN)})
         asked = [self._at(partition) for partition in partitions]
         return (
             log_offsets(admin, asked, "earliest", _ENDS_DEADLINE_S),
@@ -196,7 +196,7 @@ class ChangelogReader:
 
 
 #: Properties that an AdminClient would warn of.
-_CONSUMERS_OWN = ("group.", "enable.", "isolation.", "auto.", "check.", "queued.", "fetch.", "session.", "max.poll.")
+CONSUMERS_OWN = ("group.", "enable.", "isolation.", "auto.", "check.", "queued.", "fetch.", "session.", "max.poll.")
 
 
 def log_offsets(

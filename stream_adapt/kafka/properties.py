@@ -24,6 +24,10 @@ _POLL_INTERVAL_MS = 120_000
 _MEMBERSHIP = ("group.", "max.poll.", "session.", "heartbeat.", "partition.assignment.")
 
 
+#: Making two models ready, compiling included, comes between two polls of a refresh controller.
+_CONTROLLER_INTERVAL_MS = 300_000
+
+
 def common(config: Config) -> dict[str, Scalar]:
     """Every client's: where the brokers are, who we are, and what the operator passes through."""
     return {
@@ -87,4 +91,18 @@ def changelog_reader(config: Config) -> dict[str, Scalar]:
         "auto.offset.reset": "earliest",
         "check.crcs": True,
         "enable.partition.eof": True,  # the only sign that everything up to the end was read
+    }
+
+
+def learning_reader(config: Config) -> dict[str, Scalar]:
+    """The refresh controllers': one of their group has the learning topic's partition, and keeps it when others come.
+
+    Offsets are not committed: where to go on is part of the controller's state.
+    """
+    return {
+        **changelog_reader(config),
+        "group.id": f"{config.app.name}.refresh",
+        "partition.assignment.strategy": "cooperative-sticky",
+        "session.timeout.ms": config.kafka.session_timeout_ms,
+        "max.poll.interval.ms": max(_CONTROLLER_INTERVAL_MS, config.kafka.session_timeout_ms),
     }

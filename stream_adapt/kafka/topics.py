@@ -36,6 +36,11 @@ CHANGELOG_CONFIG = {
     "max.compaction.lag.ms": str(24 * 3600 * 1000),
 }
 
+#: The models topic keeps what was last said of every version.
+MODELS_CONFIG = {"cleanup.policy": "compact"}
+#: The refresh topic keeps the state of the controller, and what was last asked of it.
+REFRESH_CONFIG = {"cleanup.policy": "compact"}
+
 _LONGEST_NAME = 249
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
@@ -113,6 +118,12 @@ def product_topics(
         TopicSpec(names.dead_letters, 1, replication, config),
         # As many as the input: a shard's rows lie in the partition of its number.
         TopicSpec(names.changelog, partitions, replication, {**CHANGELOG_CONFIG, **durable}),
+        # One partition each: the whole stream is watched by one reader.
+        TopicSpec(names.learning, 1, replication, config),
+        TopicSpec(names.alarms, 1, replication, config),
+        # One partition: the newest of all is what counts.
+        TopicSpec(names.models, 1, replication, {**MODELS_CONFIG, **durable}),
+        TopicSpec(names.refresh, 1, replication, {**REFRESH_CONFIG, **durable}),
     )
 
 

@@ -134,7 +134,7 @@ def pretrain_each(
     """`pretrain` for specs that differ in nothing but the covariance: they share the training, not the readout."""
     settings, spec = settings or TrainSettings(), specs[0]
     log = events if isinstance(events, Log) else sequences.read_log(events, spec)
-    _check(log, spec)
+    check_log(log, spec)
     where = torch_device(device)
     held = held_out(log, settings.validate, settings.validation_share, settings.seed)  # [n]
     steps = Steps(progress, trainings=2 if held.any() else 1)
@@ -147,7 +147,7 @@ def pretrain_each(
         def judge(parameters: Parameters, vocabulary: Vocabulary) -> dict[str, float]:
             if not encoded:
                 encoded.append(sequences.encode(log, vocabulary).to(where))
-            return _figures(parameters, encoded[0], held, settings)
+            return figures_of(parameters, encoded[0], held, settings)
 
         watch = Watch(lambda p, v: judge(p, v)["log_loss"], settings.patience, validated)
         rehearsal, vocabulary = train(log.where(~held), spec, share, where, steps, watch=watch, clock=clock)
@@ -179,7 +179,12 @@ def torch_device(name: str) -> torch.device:
     return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
-def _check(log: Log, spec: LearnerSpec) -> None:
+def check_log(log: Log, spec: LearnerSpec) -> None:
+    """Whether there is something to learn from.
+
+    Raises:
+        DataError: one of the two kinds of feedback is missing.
+    """
     yes = int((log.levels >= spec.feedback.target_level).sum())
     if not 0 < yes < len(log):
         raise DataError(
@@ -355,13 +360,15 @@ def train(
     stop_after: int | None = None,
     clock: Clock = time.monotonic,
     kind: Callable[..., Parameters] = Parameters,
+    vocabulary: Vocabulary | None = None,
 ) -> tuple[Parameters, Vocabulary]:
     """Trains θ, as `kind` makes it, until epochs (at most `stop_after`) or seconds are over, or `watch` ends it.
 
-    Once `averaged` of the steps are left, θ is the mean of what the steps since then made.
+    Once `averaged` of the steps are left, θ is the mean of what the steps since then made. The vocabulary is that of
+    the log, if it is not given.
     """
     started, generator = clock(), torch.Generator().manual_seed(settings.seed)
-    vocabulary = sequences.fit(log, spec, settings.max_items)
+    vocabulary = vocabulary or sequences.fit(log, spec, settings.max_items)
     columns = sequences.encode(log, vocabulary)
     content = _cooccurrence(columns, len(vocabulary.item_hash), settings)
     parameters = kind(vocabulary, content, columns.levels, spec, generator).to(device)
@@ -525,7 +532,7 @@ FIGURE_EVENTS = 8192
 
 
 @torch.no_grad()
-def _figures(
+def figures_of(
     parameters: Parameters, columns: Columns, held: npt.NDArray[np.bool_], settings: TrainSettings
 ) -> dict[str, float]:
     """AUC and log-loss, adapted and frozen, of the events `held` `[n]`; items stay as trained.

@@ -191,6 +191,7 @@ class ControlRow(msgspec.Struct):
     topic_id: str  # a topic deleted and made anew has another id
     updated_ms: int = 0
     layouts: dict[str, int] = {}  # fingerprint of each kind of row
+    model_since: int = 0  # first record of the partition that was scored by this model
 
     def to_bytes(self) -> bytes:
         """Header and MessagePack."""

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from broker_app import ITEMS, STARS, App
 
-from stream_adapt.kafka.topics import CHANGELOG_CONFIG, TopicSpec, create_topics
+from stream_adapt.kafka.topics import CHANGELOG_CONFIG, MODELS_CONFIG, TopicSpec, create_topics
 from stream_adapt.models import LearnerSpec
 from stream_adapt.testing.broker import RunningBroker
 from stream_adapt.testing.model import random_model
@@ -26,8 +26,9 @@ def make_app(kafka_broker: RunningBroker, tmp_path: Path) -> Iterator[Callable[.
         random_model(app.folder / "models", spec or LearnerSpec(feedback=STARS), ITEMS)
         names = [f"{app.name}.{what}" for what in ("events", "scores", "dead-letters")]
         changelog = TopicSpec(f"{app.name}.changelog", partitions, config=CHANGELOG_CONFIG)
+        models = TopicSpec(f"{app.name}.models", config=MODELS_CONFIG)
         specs = [TopicSpec(name, partitions, config=topic_config if i else {}) for i, name in enumerate(names)]
-        create_topics({"bootstrap.servers": kafka_broker.bootstrap_servers}, [*specs, changelog])
+        create_topics({"bootstrap.servers": kafka_broker.bootstrap_servers}, [*specs, changelog, models])
         apps.append(app)
         return app
 

@@ -36,9 +36,9 @@ from stream_adapt.testing.scripted import (
     ScriptedReader,
 )
 
-TOPICS = TopicNames("events", "scores", "dead-letters", "changelog")
+TOPICS = TopicNames.of("app")
 MODEL = random_model("diagonal")
-EXPECTED = Expected(TOPICS, "group", "topic-1", MODEL.version, exactly_once=True)
+EXPECTED = Expected(TOPICS, "group", "topic-1", exactly_once=True)
 FENCE_WINDOW_S = 15.0
 #: Offsets per read of the changelog: restores are cut, too.
 CHANGELOG_CUTS = (7, 3)

@@ -8,7 +8,7 @@ from unittest import mock
 from unittest.mock import PropertyMock
 
 import pytest
-from process import Crash, Deployment, Effect, Point, once_each, outputs, records, survived
+from process import TOPICS, Crash, Deployment, Effect, Point, once_each, outputs, records, survived
 
 from stream_adapt.adapt import Adapter
 from stream_adapt.commit import ExactlyOnce, Outcome
@@ -109,7 +109,7 @@ def test_an_output_that_is_too_large_becomes_a_dead_letter_and_the_stream_goes_o
     deployment = Deployment(ScriptedBroker(inputs, max_message_bytes=800))
     deployment.run()
     assert once_each(deployment.broker) == outputs(deployment.broker)
-    reasons = [dict(w.headers or [])["stream-adapt.reason"] for w in deployment.broker.committed("dead-letters")]
+    reasons = [dict(w.headers or [])["stream-adapt.reason"] for w in deployment.broker.committed(TOPICS.dead_letters)]
     assert b"not_delivered" in reasons
 
 

@@ -10,7 +10,7 @@ from stream_adapt.breaker import Breaker
 from stream_adapt.errors import DeadLetterBreaker
 from stream_adapt.record import DeadLetter, RawBatch, TopicNames
 
-TOPICS = TopicNames("app.events", "app.scores", "app.dead-letters", "changelog")
+TOPICS = TopicNames.of("app")
 
 
 def trips_at(refused: list[bool], sizes: list[int], share: float = 0.5, window: int = 10) -> str | None:

@@ -19,6 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from stream_adapt import health as health_module
 from stream_adapt.commit import Outcome
 from stream_adapt.errors import ConfigError
+from stream_adapt.follow import Standing
 from stream_adapt.health import Health, HealthServer, Seen, Shard, State, judge
 from stream_adapt.runner import Observer
 from stream_adapt.state.row import ControlRow
@@ -97,6 +98,8 @@ SHARD = Shard(next_offset=7, lag=0, model_version="v1", waiting_since_s=NOW)
 OLD = NOW - STALLED_AFTER_S
 JOINED = Seen(ticked_s=NOW, joined=True)
 OWNER = replace(JOINED, shards={0: SHARD, 3: SHARD})
+LACKING = Standing("v1", "v2", "missing", "models/v2/manifest.json: not there")
+REFUSED = Standing("v1", "v2", "damaged", "its SHA-256 is another")
 
 VERDICTS = [
     (Seen(ticked_s=NOW), State.STARTING, False, "not joined"),
@@ -124,6 +127,20 @@ VERDICTS = [
         False,
         "partition 3: its end has not been seen for 30 s",
     ),
+    (
+        replace(OWNER, standing=LACKING),
+        State.OUTDATED,
+        False,
+        "serves v1; v2 is announced: models/v2/manifest.json: not there",
+    ),
+    (replace(JOINED, standing=LACKING), State.OUTDATED, False, "serves v1; v2 is announced"),
+    (replace(OWNER, standing=REFUSED), State.IDLE, True, "every record"),
+    (
+        replace(OWNER, standing=REFUSED, waiting={7: "v2"}),
+        State.OUTDATED,
+        False,
+        "serves v1; rows wait for a later model: partition 7 of v2: its SHA-256 is another",
+    ),
     (replace(OWNER, aborts_in_a_row=2), State.IDLE, True, "every record"),
     (replace(OWNER, aborts_in_a_row=3), State.ABORTING, False, "3 transactions in a row were aborted"),
     (replace(OWNER, ticked_s=OLD), State.STALLED, False, "not turned for 30 s"),
@@ -141,6 +158,16 @@ def test_what_is_seen_means(seen: Seen, state: State, ready: bool, reason: str) 
 
 def test_every_state_has_its_line_in_the_table() -> None:
     assert set(State) == {state for _, state, _, _ in VERDICTS}
+
+
+def test_a_report_says_which_model_is_served_and_which_one_is_not(loop: Loop) -> None:
+    loop.health.following(REFUSED, {})
+    told = loop.health.report()
+    assert ("v1", "v2", "its SHA-256 is another") == tuple(
+        told[key] for key in ("model_version", "announced_version", "model_problem")
+    )
+    loop.health.following(Standing("v2"), {})
+    assert ("v2", None) == (loop.health.report()["announced_version"], loop.health.report()["model_problem"])
 
 
 # How states follow from what the loop does
@@ -321,6 +348,8 @@ def test_readyz_says_state_reason_and_positions(server: HealthServer, loop: Loop
         "ready": True,
         "reason": "2 records behind, and advancing",
         "model_version": "v1",
+        "announced_version": "v1",
+        "model_problem": None,
         "last_turn_s": 0.0,
         "aborts_in_a_row": 0,
         "partitions": [

@@ -120,6 +120,7 @@ def shop(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
     made.learn(1, "bob", "c", 1)
     made.write()
     monkeypatch.setattr(service, "build_changelog_reader", lambda _config: made.changelog)
+    monkeypatch.setattr(service, "champion", service.served_model)
     for module in (inspection, export):
         monkeypatch.setattr(module, "changelog_partitions", lambda _config: list(made.changelog.partitions))
     return made

@@ -153,8 +153,8 @@ def test_the_rate_follows_the_clock() -> None:
 
 def test_training_stops_when_what_was_set_aside_gets_no_better(monkeypatch: pytest.MonkeyPatch) -> None:
     losses, seen = iter([0.6, 0.5, 0.55, 0.56, 0.1]), []
-    figures = trainer._figures
-    monkeypatch.setattr(trainer, "_figures", lambda *given: {**figures(*given), "log_loss": next(losses)})
+    figures = trainer.figures_of
+    monkeypatch.setattr(trainer, "figures_of", lambda *given: {**figures(*given), "log_loss": next(losses)})
     settings = msgspec.structs.replace(QUICK, epochs=9, validation_share=0.2, patience=2)
     epochs: list[int] = []
     made = pretrain(tastes(), SPEC, settings, "cpu", lambda e, *_: epochs.append(e), lambda *v: seen.append(v))
@@ -367,7 +367,7 @@ def test_labels_after_the_training_slice_change_figures_but_not_the_rehearsed_we
     def rehearse(events: list[UserEvent]) -> tuple[SlowWeights, dict[str, float]]:
         log, device = sequences.read_log(events, SPEC), torch.device("cpu")
         parameters, vocabulary = trainer.train(log.head(360), SPEC, QUICK, device, trainer.Steps(None, 1))
-        figures = trainer._figures(parameters, sequences.encode(log, vocabulary), np.arange(400) >= 360, QUICK)
+        figures = trainer.figures_of(parameters, sequences.encode(log, vocabulary), np.arange(400) >= 360, QUICK)
         return trainer.fold(parameters, vocabulary, QUICK), figures
 
     (before, figures), (after, others) = rehearse(tastes()), rehearse(relabelled(tastes(), 360))

@@ -45,7 +45,7 @@ def raw(*records: dict[str, Any], first_offset: int = 0) -> RawBatch:
 
 def pipeline(screen: Screen = LEARN_ALL, **options: Any) -> Pipeline:
     model = random_model()
-    topics = TopicNames("events", "scores", "dead", "changelog")
+    topics = TopicNames.of("app")
     emitter = Emitter(topics, "v1", model.spec.feedback.target_level, now_ms=lambda: 0)
     decoder = Decoder({}, model.spec.feedback)
     return Pipeline(decoder, Adapter(model, screen=screen), emitter, **options)

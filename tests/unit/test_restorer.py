@@ -23,7 +23,7 @@ from stream_adapt.state.table import Table
 USER = Layout(Kind.USER, (Field("count", "<i8", (), "events"), Field("w", "<f4", (3,), "weights")))
 ITEM = Layout(Kind.ITEM, (Field("c", "<f4", (2,), "bias"),))
 ITEM_ZERO = ITEM.to_bytes(np.zeros((), ITEM.dtype))
-EXPECTED = Expected(TopicNames.of("shop"), "shop", "topic-1", "v1", exactly_once=True)
+EXPECTED = Expected(TopicNames.of("shop"), "shop", "topic-1", exactly_once=True)
 
 
 def user(count: int) -> bytes:
@@ -205,7 +205,7 @@ def test_a_fresh_shard_has_nothing_and_needs_nothing() -> None:
 
 
 def test_rows_may_be_ahead_of_the_offsets_at_least_once_but_not_behind() -> None:
-    expected = Expected(TopicNames.of("shop"), "shop", "topic-1", "v1", exactly_once=False)
+    expected = Expected(TopicNames.of("shop"), "shop", "topic-1", exactly_once=False)
     assert {"ann": 1} == restored([(b"u:ann", user(1)), (CONTROL_KEY, control(7))], 5, expected=expected)[0]
     with pytest.raises(StateMismatch, match="not at all"):
         restored([(CONTROL_KEY, control(7))], 8, expected=expected)
@@ -216,4 +216,4 @@ def test_a_cancelled_restore_is_forgotten() -> None:
     restorer = Restorer(log, {Kind.USER: Table(USER, lambda *_: None)}, EXPECTED)
     restorer.begin({0: None})
     restorer.cancel([0])
-    assert (list(restorer.unfinished), log.tails, restorer.step(1.0)) == ([], {}, [])
+    assert (list(restorer.unfinished), log.tails, restorer.step(1.0)) == ([], {}, {})

@@ -21,6 +21,7 @@ from stream_adapt.pipeline import Pipeline
 from stream_adapt.record import Outputs, RawBatch, TopicNames, Work
 from stream_adapt.runner import CHUNK, Observers, Pace, Runner
 from stream_adapt.shutdown import Shutdown, StopAtOnce
+from stream_adapt.state.row import ControlRow
 
 
 def record(number: int, user: str = "ann") -> tuple[bytes, bytes]:
@@ -67,8 +68,10 @@ class Broker:
 
     def commit(self, outputs: Iterable[Outputs], next_offsets: Mapping[int, int]) -> Outcome:
         blocks = list(outputs)
-        sent = [value for block in blocks if block.topic != "changelog" for value in block.values]
-        rows = [item for b in blocks if b.topic == "changelog" for item in zip(b.keys, b.values, strict=True)]
+        sent = [
+            value for block in blocks if block.topic not in ("app.changelog", "app.learning") for value in block.values
+        ]
+        rows = [item for b in blocks if b.topic == "app.changelog" for item in zip(b.keys, b.values, strict=True)]
         outcome = self.script.pop(0) if self.script else Outcome.COMMITTED
         if isinstance(outcome, BaseException):
             raise outcome
@@ -89,6 +92,7 @@ class Restorer:
     steps: int = 1
     committed: dict[int, int | None] = field(default_factory=dict)
     cancelled: list[int] = field(default_factory=list)
+    controls: dict[int, ControlRow] = field(default_factory=dict)
 
     @property
     def unfinished(self) -> Collection[int]:
@@ -100,12 +104,12 @@ class Restorer:
     def cancel(self, partitions: Collection[int]) -> None:
         self.cancelled += [p for p in partitions if self.committed.pop(p, "none") != "none"]
 
-    def step(self, _budget_s: float) -> list[int]:
+    def step(self, _budget_s: float) -> dict[int, ControlRow | None]:
         self.steps -= 1
         done = [] if self.steps else list(self.committed)
         for partition in done:
             del self.committed[partition]
-        return done
+        return {partition: self.controls.get(partition) for partition in done}
 
 
 class Seen(Observers):
@@ -126,7 +130,7 @@ class Seen(Observers):
 def build(log: Log, broker: Broker, restorer: Restorer | None = None, **pace: Any) -> tuple[Runner, Adapter, Seen]:
     model = random_model("diagonal")
     adapter, seen = Adapter(model), Seen()
-    topics = TopicNames("events", "scores", "dead", "changelog")
+    topics = TopicNames.of("app")
     decoder = Decoder(model.spec.features, model.spec.feedback)
     pipeline = Pipeline(decoder, adapter, Emitter(topics, "v1", model.spec.feedback.target_level, now_ms=lambda: 0))
     runner = Runner(

@@ -15,6 +15,7 @@ from stream_adapt.decode import ID_LIMIT, REASONS, Decoder, event_struct
 from stream_adapt.emit import Emitter
 from stream_adapt.learner.encoder import BAG_LIMIT, NUMBER_LIMIT, Bag, Categorical, Numeric, Vector, features_struct
 from stream_adapt.learner.feedback import Feedback
+from stream_adapt.learning import LearningRecord, Summary, decode
 from stream_adapt.record import (
     Adapted,
     Batch,
@@ -38,6 +39,7 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {
     "erase-v1": EraseRequest,
     "score-v1": Score,
     "receipt-v1": Receipt,
+    "learning-v1": LearningRecord,
 }
 
 
@@ -92,6 +94,15 @@ def test_the_struct_reads_the_golden_scores() -> None:
     for path in examples_of("score-v1"):
         score = msgspec.json.decode(path.read_bytes(), type=Score)
         assert example(path) == json.loads(msgspec.json.encode(score))
+
+
+def test_the_reader_takes_the_golden_learning_records_and_their_summaries_are_described() -> None:
+    described = schema("learning-v1")["$defs"]["summary"]
+    fields = [field.name for field in msgspec.structs.fields(Summary)]
+    assert fields == list(described["properties"]) == described["required"]
+    assert all(about.get("description") for about in described["properties"].values())
+    for path in examples_of("learning-v1"):
+        assert example(path) == json.loads(msgspec.json.encode(decode(path.read_bytes())))
 
 
 def test_the_consumer_accepts_the_golden_events() -> None:
@@ -167,13 +178,7 @@ def test_the_consumer_takes_the_golden_requests_for_erasures() -> None:
 
 
 def test_emitted_receipts_are_valid_and_say_what_they_are() -> None:
-    emitter = Emitter(
-        TopicNames(
-            events="app.events", scores="app.scores", dead_letters="app.dead-letters", changelog="app.changelog"
-        ),
-        "v1",
-        1,
-    )
+    emitter = Emitter(TopicNames.of("app"), "v1", 1)
     nothing = np.zeros(0)
     erasures = [Erasure("e", UserId("u"), 5, 2, 7, 0), Erasure("e", UserId("u"), 5, 3, 1, 0)]
     batch = Batch([], [], [], [], nothing.astype(int), nothing, nothing, nothing, erasures)
@@ -187,13 +192,7 @@ def test_emitted_receipts_are_valid_and_say_what_they_are() -> None:
 
 
 def test_a_dead_letter_keeps_the_records_own_headers_and_the_count_of_replays() -> None:
-    emitter = Emitter(
-        TopicNames(
-            events="app.events", scores="app.scores", dead_letters="app.dead-letters", changelog="app.changelog"
-        ),
-        "v1",
-        1,
-    )
+    emitter = Emitter(TopicNames.of("app"), "v1", 1)
     own = [("trace", b"1"), ("stream-adapt.reason", b"old"), ("stream-adapt.replays", b"2"), ("trace", None)]
     emitted = emitter.dead_letters([DeadLetter(b"u", b"{", 2, 7, "not_json", "", own)])
     assert emitted.headers is not None
@@ -203,9 +202,7 @@ def test_a_dead_letter_keeps_the_records_own_headers_and_the_count_of_replays() 
 
 @pytest.mark.parametrize("truncated", [False, True])
 def test_headers_of_an_emitted_dead_letter_are_valid(truncated: bool) -> None:
-    emitter = Emitter(
-        TopicNames(events="app.events", scores="app.scores", dead_letters="app.dead-letters", changelog=""), "v1", 1
-    )
+    emitter = Emitter(TopicNames.of("app"), "v1", 1)
     letter = DeadLetter(b"u", b"{", 2, 7, "not_json", "too long " * 100)
     emitted = emitter.dead_letters([letter], {(2, 7)} if truncated else ())
     assert emitted.headers is not None

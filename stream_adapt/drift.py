@@ -1,0 +1,340 @@
+"""Drift: whether the world has moved away from what the model knows, seen in the learning summaries.
+
+    summaries ─▶ groups ─▶ signals ─▶ in deviations of a frozen reference ─▶ a detector of River ─▶ alarms
+
+Users act in bursts, so losses of neighbouring events hang together, and a detector that is fed event by event takes
+bursts for drift. So detectors get means of groups of events, in standard deviations of such means within a frozen
+reference: the first groups since the start, which stay what they are when a detector resets itself. Only rises count.
+
+Detectors are River's, by name (Montiel et al., "River: machine learning for streaming data in Python", JMLR 2021).
+Since when a signal has moved is the last zero of the sum max(0, S + z − 1/2), Page's test ("Continuous inspection
+schemes", Biometrika 1954). What was measured: benchmarks/drift.md.
+"""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import Any, Protocol
+
+import msgspec
+import structlog
+
+from stream_adapt.config import DriftSettings
+from stream_adapt.errors import ConfigError, DataError
+from stream_adapt.learning import Summary
+
+log = structlog.get_logger(__name__)
+
+#: Raised by one when the meaning of an alarm's record changes.
+ALARM_FORMAT = 1
+
+#: Groups whose mean is a signal's current value.
+_RECENT = 8
+#: A group's deviation from the reference is taken to be at most so large: one odd group is no drift.
+_LARGEST = 5.0
+#: What a binary detector is told of a group: whether it lies so many deviations above the reference.
+_HIGH = 1.0
+#: A signal that does not vary within the reference is taken to vary by so much.
+_LEAST_DEVIATION = 1e-3
+#: Page's sum grows no further, so that a signal that comes back soon counts as back.
+_HIGHEST = 20.0
+#: The slack of the sum that says since when a signal has moved, in deviations.
+_SLACK = 0.5
+
+
+class Alarm(msgspec.Struct, frozen=True):
+    """Something moved: the value of a record of the alarms topic."""
+
+    signal: str
+    domain: str | None  # None: over all
+    detector: str
+    value: float  # the signal's mean since it moved
+    reference: float  # its mean in the reference
+    since: dict[int, int]  # partition → offset from which on it moved, as far as known
+    since_ms: int  # event time there; 0 if not known
+    events: int  # labelled events from there to the alarm
+    model_version: str
+    detected_ms: int
+    format: int = ALARM_FORMAT
+
+    def to_bytes(self) -> bytes:
+        """The record's value: JSON."""
+        return msgspec.json.encode(self)
+
+    @classmethod
+    def from_bytes(cls, value: bytes) -> Alarm:
+        """Reads a record's value.
+
+        Raises:
+            DataError: it is none, or of a format that this release does not read.
+        """
+        try:
+            alarm = msgspec.json.decode(value, type=cls)
+        except msgspec.DecodeError as error:
+            raise DataError(f"not an alarm: {error}: {value[:80]!r}") from error
+        if alarm.format != ALARM_FORMAT:
+            raise DataError(f"alarm: format={alarm.format}, this release reads {ALARM_FORMAT}; run a newer one")
+        return alarm
+
+
+class Statistic(msgspec.Struct, frozen=True):
+    """Where a signal stands."""
+
+    signal: str
+    domain: str | None  # None: over all
+    value: float | None  # mean of the last groups; None before the first
+    reference: float | None  # None while it is being gathered
+
+
+@dataclass
+class Sums:
+    """What a group of summaries adds up to."""
+
+    events: int = 0
+    labelled: int = 0
+    loss: float = 0.0
+    loss_frozen: float = 0.0
+    entropy: float = 0.0
+    target: float = 0.0
+    score: float = 0.0
+    unseen: int = 0
+
+    def add(self, summary: Summary) -> None:
+        """One more."""
+        for name in vars(self):
+            setattr(self, name, getattr(self, name) + getattr(summary, name))
+
+
+#: What is watched: name → mean over a group. Each rises when the model fits less.
+SIGNALS: Mapping[str, Callable[[Sums], float]] = {
+    "loss": lambda s: s.loss / s.labelled,
+    "excess_loss": lambda s: (s.loss - s.entropy) / s.labelled,
+    "loss_over_frozen": lambda s: (s.loss - s.loss_frozen) / s.labelled,
+    "calibration": lambda s: abs(s.score - s.target) / s.labelled,
+    "unseen": lambda s: s.unseen / s.events,
+}
+
+
+class Detector(Protocol):
+    """What there is of a detector of River."""
+
+    @property
+    def drift_detected(self) -> bool: ...
+    def update(self, x: Any) -> None: ...
+
+
+@cache
+def detectors() -> dict[str, type]:
+    """River's detectors by name; those for binary data as `binary.…`."""
+    from river import base, drift
+
+    found = {}
+    for prefix, module in (("", drift), ("binary.", drift.binary)):
+        for name, kind in sorted(vars(module).items()):
+            if isinstance(kind, type) and issubclass(kind, base.DriftDetector | base.BinaryDriftDetector):
+                found[prefix + name] = kind
+    return found
+
+
+def make_detector(name: str, parameters: Mapping[str, Any]) -> Detector:
+    """A new detector.
+
+    Raises:
+        ConfigError: there is none of this name, or it takes no such parameters; says what there is.
+    """
+    kind = detectors().get(name)
+    if kind is None:
+        raise ConfigError(f"drift.detector={name!r}: River has {', '.join(detectors())}")
+    try:
+        made: Detector = kind(**parameters)
+    except (TypeError, ValueError) as error:
+        import inspect
+
+        raise ConfigError(
+            f"drift.parameters={dict(parameters)!r}: {error}. {name} takes {inspect.signature(kind)}"
+        ) from error
+    return made
+
+
+class DriftMonitor:
+    """Watches signals over all events and in each domain, in the order in which summaries come.
+
+    Which events make a group depends on that order, and so may the moment of an alarm, by a group or two.
+    """
+
+    def __init__(
+        self, settings: DriftSettings, now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
+    ) -> None:
+        """ConfigError: the settings name a detector, parameters or signals that there are not."""
+        for name in settings.signals:
+            if name not in SIGNALS:
+                raise ConfigError(f"drift.signals: {name!r} is none; there are {', '.join(SIGNALS)}")
+        self._settings = settings
+        self._now_ms = now_ms
+        self.restart("start")
+
+    def add(self, summaries: Sequence[Summary]) -> list[Alarm]:
+        """Takes in what transactions told; returns what moved.
+
+        What is detected during the cooldown after an alarm is told at its end, if it still holds then; and what holds
+        on is told again after each cooldown.
+        """
+        alarms: list[Alarm] = []
+        for summary in summaries:
+            if not _is_finite(summary):
+                log.warning("learning summary with numbers that are not finite is left out", summary=summary)
+                continue
+            self._place.pass_by(summary)
+            for group in self._groups(summary.domain):
+                group.sums.add(summary)
+                self._tell_if_full(group)
+            if self._place.labelled >= self._quiet_until:
+                alarms += self._raised(summary.model_version)
+        return alarms
+
+    def restart(self, reason: str) -> None:
+        """Forgets everything, references too: another model is in service, and what it is like has to be seen."""
+        log.info("drift monitor starts anew", reason=reason)
+        self._place = _Place()
+        self._quiet_until = 0
+        self._all = self._group(None)
+        self._domains: dict[str, _Group] = {}
+
+    def statistics(self) -> list[Statistic]:
+        """Current value and reference of each signal, over all and by domain."""
+        return [channel.statistic() for channel in self._channels()]
+
+    def _groups(self, domain: str) -> Iterator[_Group]:
+        yield self._all
+        if domain and domain not in self._domains and len(self._domains) < self._settings.domains:
+            self._domains[domain] = self._group(domain)
+        if domain in self._domains:
+            yield self._domains[domain]
+
+    def _group(self, domain: str | None) -> _Group:
+        return _Group([_Channel(name, domain, self._settings) for name in self._settings.signals])
+
+    def _channels(self) -> Iterator[_Channel]:
+        for group in (self._all, *self._domains.values()):
+            yield from group.channels
+
+    def _tell_if_full(self, group: _Group) -> None:
+        if group.sums.labelled >= self._settings.group_events:
+            sums, group.sums = group.sums, Sums()
+            for channel in group.channels:
+                channel.feed(sums, self._place)
+
+    def _raised(self, model_version: str) -> list[Alarm]:
+        alarms = [
+            channel.alarm(self._place, model_version, self._now_ms())
+            for channel in self._channels()
+            if channel.is_raised
+        ]
+        if alarms:
+            self._quiet_until = self._place.labelled + self._settings.cooldown_events
+        return alarms
+
+
+@dataclass
+class _Place:
+    """How far the stream was read."""
+
+    offsets: dict[int, int] = field(default_factory=dict)  # partition → next offset
+    time_ms: int = 0
+    labelled: int = 0  # events so far
+
+    def pass_by(self, summary: Summary) -> None:
+        """This was read, too."""
+        self.offsets[summary.partition] = summary.last_offset + 1
+        self.time_ms = summary.last_ms
+        self.labelled += summary.labelled
+
+    def here(self) -> _Place:
+        """A copy that stays here."""
+        return replace(self, offsets=dict(self.offsets))
+
+
+@dataclass
+class _Group:
+    """Events of one domain, or of all, until there are enough of them; and who is told then."""
+
+    channels: list[_Channel]
+    sums: Sums = field(default_factory=Sums)
+
+
+class _Channel:
+    """One signal of one domain, or over all: its reference, its detector, and since when it is above the reference."""
+
+    def __init__(self, signal: str, domain: str | None, settings: DriftSettings) -> None:
+        self._signal, self._domain = signal, domain
+        self._detector_name = settings.detector
+        self._detector = make_detector(settings.detector, settings.detector_parameters)
+        self._binary = settings.detector.startswith("binary.")
+        self._groups_of_reference = settings.reference_events // settings.group_events
+        self._gathered: list[float] = []
+        self._mean = self._deviation = math.nan
+        self._recent: deque[float] = deque(maxlen=_RECENT)
+        self._fired = False  # the detector saw a change, and Page's sum has not been 0 since
+        self._rise = 0.0  # Page's sum
+        self._risen: list[float] = []  # values since it was 0
+        self._since = _Place()
+
+    def feed(self, sums: Sums, place: _Place) -> None:
+        """One more group."""
+        value = SIGNALS[self._signal](sums)
+        self._recent.append(value)
+        if math.isnan(self._mean):
+            self._gather(value, place)
+            return
+        z = min((value - self._mean) / self._deviation, _LARGEST)
+        self._rise = min(max(0.0, self._rise + z - _SLACK), _HIGHEST)
+        if self._rise == 0.0:
+            self._fired, self._risen, self._since = False, [], place.here()
+        else:
+            self._risen.append(value)
+        self._detector.update(z > _HIGH if self._binary else max(z, -_LARGEST))
+        self._fired = self._fired or (self._detector.drift_detected and self._rise > 0.0)
+
+    @property
+    def is_raised(self) -> bool:
+        """Whether the detector saw a change for the worse that still holds."""
+        return self._fired and statistics.fmean(self._recent) > self._mean + _SLACK * self._deviation
+
+    def alarm(self, place: _Place, model_version: str, now_ms: int) -> Alarm:
+        """What there is to say of it."""
+        return Alarm(
+            signal=self._signal,
+            domain=self._domain,
+            detector=self._detector_name,
+            value=statistics.fmean(self._risen),
+            reference=self._mean,
+            since=dict(self._since.offsets),
+            since_ms=self._since.time_ms,
+            events=place.labelled - self._since.labelled,
+            model_version=model_version,
+            detected_ms=now_ms,
+        )
+
+    def statistic(self) -> Statistic:
+        """Where it stands."""
+        value = statistics.fmean(self._recent) if self._recent else None
+        return Statistic(self._signal, self._domain, value, None if math.isnan(self._mean) else self._mean)
+
+    def _gather(self, value: float, place: _Place) -> None:
+        """One more group of the reference, until it is complete."""
+        self._gathered.append(value)
+        if len(self._gathered) >= self._groups_of_reference:
+            self._mean = statistics.fmean(self._gathered)
+            self._deviation = max(statistics.stdev(self._gathered), _LEAST_DEVIATION)
+            self._since = place.here()
+
+
+def _is_finite(summary: Summary) -> bool:
+    sums = (summary.loss, summary.loss_frozen, summary.entropy, summary.target, summary.score)
+    return all(map(math.isfinite, sums))
