@@ -175,13 +175,15 @@ def test_a_member_that_is_killed_around_a_swap_serves_the_announced_model_when_i
     feed = Feed(app)
     member = process(app, input={"max_batch": 50})
     feed.until(lambda: len(app.scores()) > 100)
-    for _ in range(25):
+    for _ in range(10):
         feed.on()  # a backlog, so that the swap is in the middle of it
     promote(app, second)
     until(lambda: member.ready().get("model_version") == second)
     assert app.stop(member.process, signal.SIGKILL) == -signal.SIGKILL
+    feed.on()
     again = process(app)
     app.wait_for_outputs(feed.count)
+    until(again.ready)
     assert (second, second) == tuple(again.ready()[key] for key in ("model_version", "announced_version"))
     assert app.stop(again.process) == 0
     told = versions_by_partition(app)
