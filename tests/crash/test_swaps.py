@@ -91,8 +91,8 @@ def calm(partition: int, since: int, rows: RowMode) -> Rows:
         Decoder(MODEL.spec.features, MODEL.spec.feedback, now_ms=clock.now_ms), adapter, Emitter(TOPICS, "v", 4)
     )
     inputs = records(COUNT)[partition]
-    for start, stop in ((0, since), (since, len(inputs))):
-        if start:
+    for model, start, stop in ((MODEL, 0, since), (NEXT, since, len(inputs))):
+        if model is NEXT:
             pipeline.serve(adapter.ready(NEXT))
             adapter.restart_items([partition] if rows == "restart_items" else [])
             adapter.commit()
@@ -162,7 +162,7 @@ def test_a_shard_goes_over_once_whoever_dies_meanwhile(point: Point, effect: Eff
         survived([Crash(point, call, effect)], rows, after=5, lag=1)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(
     st.lists(crashes, max_size=6),
     st.sampled_from(["carry", "restart_items"]),
