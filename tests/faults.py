@@ -195,7 +195,7 @@ FAULTS = (
     Fault(
         "a swap while nobody runs",
         "promoted between two runs",
-        f"{_MODELS}rows_that_missed_a_swap_go_over_when_they_are_restored[restart_items]",
+        f"{_MODELS}rows_that_missed_a_swap_go_over_when_they_are_restored",
     ),
     Fault("disk of `state.dir` full", "`ulimit -f`", f"{_FAULTS}a_full_disk_stops_the_member_and_loses_nothing"),
     Fault("input topic missing", "configuration", f"{_LOOP}an_unknown_topic_is_refused_with_what_to_do"),

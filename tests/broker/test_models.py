@@ -319,14 +319,13 @@ def test_rows_that_moved_on_wait_for_their_model_where_it_is_missing(make_app: C
     assert {(first, second)} == {tuple(in_turn(one)) for one in versions_by_partition(app).values()}
 
 
-@pytest.mark.parametrize("rows", ["carry", "restart_items"])
-def test_rows_that_missed_a_swap_go_over_when_they_are_restored(make_app: Callable[..., App], rows: str) -> None:
+def test_rows_that_missed_a_swap_go_over_when_they_are_restored(make_app: Callable[..., App]) -> None:
     """Promoted while nobody ran; all is as if the member had run on."""
     ends = []
     for running in (True, False):
         app = make_app(1)
         # θ of both runs is the same; its version is in no row.
-        second = successor(app, rows=rows).name
+        second = successor(app, rows="restart_items").name
         events = [event(n) for n in range(300)]
         app.produce(events[:150])
         if running:
