@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -232,22 +232,31 @@ class _Streams:
 
     def runs(self) -> Iterator[Run]:
         """Each stream: what was kept of it, or measured and kept."""
-        place = self._place()
-        for kind in (None, *KINDS):
-            kept = self._folder / f"{kind or 'stationary'}.jsonl"
-            if not kept.exists():
-                partial = kept.with_suffix(f".{os.getpid()}")
-                partial.write_bytes(b"".join(v + b"\n" for v in encode(self._measured(kind, place), 0)))
-                partial.rename(kept)
-            read = [one for line in kept.read_bytes().splitlines() for one in decode(line).summaries]
-            yield Run(self._name, kind, None if kind is None else place, read)
+        kinds: tuple[DriftKind | None, ...] = (None, *KINDS)
+        if not all(self._kept(kind).exists() for kind in kinds):
+            for kind, told in self._measured().items():
+                partial = self._kept(kind).with_suffix(f".{os.getpid()}")
+                partial.write_bytes(b"".join(value + b"\n" for value in encode(told, 0)))
+                partial.rename(self._kept(kind))
+        for kind in kinds:
+            lines = self._kept(kind).read_bytes().splitlines()
+            read = [summary for line in lines for summary in decode(line).summaries]
+            yield Run(self._name, kind, None if kind is None else self._place, read)
 
-    def _measured(self, kind: DriftKind | None, place: int) -> list[Summary]:
+    def _kept(self, kind: DriftKind | None) -> Path:
+        return self._folder / f"{kind or 'stationary'}.jsonl"
+
+    def _measured(self) -> dict[DriftKind | None, list[Summary]]:
+        """Every stream up to the drift is the same one; what comes after it is put back before the next kind's turn."""
+        member = _Member(self._model)
+        before = member.learn(self._later[: self._place])
+        found: dict[DriftKind | None, list[Summary]] = {}
         held = replace(self._source, events=lambda: iter(self._later), count=self._half)
-        if kind is None:
-            return summaries(self._model, held.events())
-        drifted = splice(held, Drift(kind, place, seed=self._seed))
-        return summaries(self._model, islice(drifted.events(), place + self._in_time))
+        for kind in KINDS:
+            drifted = splice(held, Drift(kind, self._place, seed=self._seed)).events()
+            found[kind] = before + member.try_out(islice(drifted, self._place, self._place + self._in_time))
+        found[None] = before + member.learn(self._later[self._place :])
+        return found
 
     @cached_property
     def _later(self) -> list[UserEvent]:
@@ -265,6 +274,7 @@ class _Streams:
             write_model(self._folder, trained.weights, spec, trained.fitted, figures=trained.figures)
         return read_model(self._folder)
 
+    @cached_property
     def _place(self) -> int:
         """Where the drift is: an event of the second half that follows from the seed."""
         earliest, latest = min(_EARLIEST, round(0.45 * self._half)), min(_LATEST, self._half - self._in_time)
@@ -284,31 +294,52 @@ def _source(name: str, seed: int) -> Source:
     return open_source(name)
 
 
-def summaries(model: Model, events: Iterator[UserEvent]) -> list[Summary]:
-    """Scores and learns events as a member with one partition would; returns what it would tell."""
-    spec = model.spec
-    decoder, adapter = Decoder(spec.features, spec.feedback), Adapter(model, device="cpu")
-    to_json = msgspec.json.Encoder().encode
-    told: list[Summary] = []
-    offset = 0
-    while chunk := list(islice(events, _BATCH)):
-        n = len(chunk)
-        raw = RawBatch(
-            [event.user_id.encode() for event in chunk],
-            [to_json(event) for event in chunk],
-            np.zeros(n, np.int32),
-            np.arange(offset, offset + n),
-        )
-        batch, _ = decoder(raw)
-        told += summarize(
-            [(batch, adapter.adapt(batch))],
+class _Member:
+    """What a member with one partition says of events, and tells of its learning."""
+
+    def __init__(self, model: Model) -> None:
+        self._model = model
+        self._decoder = Decoder(model.spec.features, model.spec.feedback)
+        self._adapter = Adapter(model, device="cpu")
+        self._offset = 0
+
+    def learn(self, events: Iterable[UserEvent]) -> list[Summary]:
+        """Scores and learns events, in transactions; returns what they tell."""
+        told = []
+        for chunk in _chunks(events):
+            told += self._transaction(chunk)
+            self._adapter.commit()
+        return told
+
+    def try_out(self, events: Iterable[UserEvent]) -> list[Summary]:
+        """The same, and then all of it is undone."""
+        offset = self._offset
+        told = [summary for chunk in _chunks(events) for summary in self._transaction(chunk)]
+        self._adapter.abort()
+        self._offset = offset
+        return told
+
+    def _transaction(self, events: list[UserEvent]) -> list[Summary]:
+        n, spec = len(events), self._model.spec
+        keys: list[bytes | None] = [event.user_id.encode() for event in events]
+        offsets = np.arange(self._offset, self._offset + n)
+        batch, _ = self._decoder(RawBatch(keys, list(map(_to_json, events)), np.zeros(n, np.int32), offsets))
+        self._offset += n
+        return summarize(
+            [(batch, self._adapter.adapt(batch))],
             window=spec.window,
             target_level=spec.feedback.target_level,
-            model_version=model.version,
+            model_version=self._model.version,
         )
-        adapter.commit()
-        offset += n
-    return told
+
+
+_to_json = msgspec.json.Encoder().encode
+
+
+def _chunks(events: Iterable[UserEvent]) -> Iterator[list[UserEvent]]:
+    rest = iter(events)
+    while chunk := list(islice(rest, _BATCH)):
+        yield chunk
 
 
 @contextmanager

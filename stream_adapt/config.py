@@ -187,8 +187,8 @@ class DriftSettings(_Section):
     parameters: dict[str, Any] | None = Field(
         None, description="Of the detector, by River's names. Not set: measured ones for PageHinkley, else River's."
     )
-    signals: tuple[str, ...] = Field(
-        ("excess_loss", "unseen"),
+    signals: list[str] = Field(
+        ["excess_loss", "unseen"],
         description="loss, excess_loss (less what the scores expect), loss_over_frozen, calibration, unseen.",
     )
     group_events: int = Field(256, ge=1, le=1_000_000, description="Labelled events whose mean is told to a detector.")

@@ -67,9 +67,10 @@ def test_a_broker_that_is_not_there_is_refused_within_the_deadline() -> None:
 def test_the_products_topics_are_named_after_the_app_or_as_told() -> None:
     specs = product_topics("shop", partitions=8)
     wanted = [("shop.events", 8), ("shop.scores", 8), ("shop.dead-letters", 1), ("shop.changelog", 8)]
+    wanted += [("shop.learning", 1), ("shop.alarms", 1)]
     assert wanted == [(spec.name, spec.partitions) for spec in specs]
-    told = product_topics("shop", 8, names=TopicNames("clicks", "out", "bad", "rows"))
-    assert [spec.name for spec in told] == ["clicks", "out", "bad", "rows"]
+    told = product_topics("shop", 8, names=TopicNames("clicks", "out", "bad", "rows", "sums", "bells"))
+    assert [spec.name for spec in told] == ["clicks", "out", "bad", "rows", "sums", "bells"]
 
 
 def test_three_replicas_mean_that_two_must_have_a_record() -> None:
