@@ -13,6 +13,7 @@ schemes", Biometrika 1954). What was measured: benchmarks/drift.md.
 
 from __future__ import annotations
 
+import inspect
 import math
 import statistics
 import time
@@ -148,7 +149,7 @@ def detectors() -> dict[str, type]:
 
 
 def make_detector(name: str, parameters: Mapping[str, Any]) -> Detector:
-    """A new detector.
+    """A new detector. One that draws numbers gets a seed, if it is not given one, so that it can be done again.
 
     Raises:
         ConfigError: there is none of this name, or it takes no such parameters; says what there is.
@@ -156,14 +157,12 @@ def make_detector(name: str, parameters: Mapping[str, Any]) -> Detector:
     kind = detectors().get(name)
     if kind is None:
         raise ConfigError(f"drift.detector={name!r}: River has {', '.join(detectors())}")
+    takes = inspect.signature(kind)
+    seed = {"seed": 0} if "seed" in takes.parameters else {}
     try:
-        made: Detector = kind(**parameters)
+        made: Detector = kind(**{**seed, **parameters})
     except (TypeError, ValueError) as error:
-        import inspect
-
-        raise ConfigError(
-            f"drift.parameters={dict(parameters)!r}: {error}. {name} takes {inspect.signature(kind)}"
-        ) from error
+        raise ConfigError(f"drift.parameters={dict(parameters)!r}: {error}. {name} takes {takes}") from error
     return made
 
 
