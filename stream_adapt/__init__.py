@@ -16,7 +16,8 @@ The path of a record, in reading order:
 Around it:
 
     learner/  state/  models        encoder, feedback and rules; rows and overlay; slow weights on disk
-    announcements                   which model is served: the models topic
+    announcements  follow           which model is served: the models topic, and a member that follows it
+    promotion                       what an operator decides about it: `stream-adapt models …`
     meta/  pretraining  datasets/   from a log of events to a model
     kafka/  errors                  consumer, producer, topics, a broker to try things on; what can go wrong
     drift                           River's detectors on those sums

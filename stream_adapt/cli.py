@@ -295,6 +295,90 @@ def state_erase(user: str, config_path: Path | None, wait: bool, timeout: float,
             click.echo(f"all of them have given their receipt; a row was in {erased.had_row or 'none'}")
 
 
+@cli.group()
+def models() -> None:
+    """Versions of the slow weights, and which one is served."""
+
+
+_reason_for = click.option("--reason", required=True, help="Why; kept with the announcement.")
+
+
+@models.command("list")
+@_config_option
+@_json_option
+def models_list(config_path: Path | None, as_json: bool) -> None:
+    """Show every version in the registry of `model.path`, and which one is served: a star."""
+    from rich.console import Console
+
+    from stream_adapt import promotion
+
+    found = promotion.listed(_settings(config_path))
+    _print({"versions": found}, as_json)
+    if not as_json:
+        Console().print(promotion.list_table(found))
+
+
+@models.command("show")
+@click.argument("version", required=False, metavar="[VERSION]")
+@_config_option
+@_json_option
+def models_show(version: str | None, config_path: Path | None, as_json: bool) -> None:
+    """Show where VERSION came from, its figures, and what was decided about it; the one that is served if not given."""
+    from rich.console import Console
+
+    from stream_adapt import promotion
+
+    found = promotion.shown(_settings(config_path), version)
+    _print(found, as_json)
+    if not as_json:
+        Console().print(promotion.show_table(found))
+
+
+@models.command("promote")
+@click.argument("version")
+@_config_option
+@_reason_for
+@click.option(
+    "--rows",
+    type=click.Choice(["carry", "restart_items"]),
+    help="What becomes of rows; as the version's manifest says, or else carry. Users' rows are always carried.",
+)
+@_json_option
+def models_promote(
+    version: str,
+    config_path: Path | None,
+    reason: str,
+    rows: Literal["carry", "restart_items"] | None,
+    as_json: bool,
+) -> None:
+    """Announce VERSION: every member that follows the models topic serves it within seconds, between two batches.
+
+    It is read and checked first, also against the version that is served. A member that lacks the file says so on
+    /readyz and looks for it; one that finds it damaged or unfit goes on with what it serves.
+    """
+    from stream_adapt import promotion
+
+    _told(promotion.promote(_settings(config_path), version, reason, rows), as_json)
+
+
+@models.command("rollback")
+@_config_option
+@_reason_for
+@_json_option
+def models_rollback(config_path: Path | None, reason: str, as_json: bool) -> None:
+    """Announce the version that was served before the present one; rows go back the way they came."""
+    from stream_adapt import promotion
+
+    _told(promotion.rollback(_settings(config_path), reason), as_json)
+
+
+def _told(promoted: Any, as_json: bool) -> None:
+    _print(promoted, as_json)
+    if not as_json:
+        one = promoted.announcement
+        click.echo(f"{one.version} is announced on {promoted.topic}, in the place of {one.previous}; rows: {one.rows}")
+
+
 @cli.group("dead-letters")
 def dead_letters() -> None:
     """Records that were refused."""

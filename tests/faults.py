@@ -26,6 +26,9 @@ _LOOP = "broker/test_loop.py::test_"
 _FAULTS = "broker/test_faults.py::test_"
 _RESTORE = "broker/test_restore.py::test_"
 _RECORDS = "broker/test_records.py::test_"
+_MODELS = "broker/test_models.py::test_"
+_BAD = f"{_MODELS}bad_models_are_refused_and_counted_the_one_in_service_stays_and_a_good_one_follows"
+_LACKING = f"{_MODELS}a_member_that_lacks_the_model_is_not_ready_says_what_it_serves_and_serves_it_when_it_is_there"
 _LONG = f"{_FAULTS}a_member_that_is_removed_during_a_long_batch_commits_nothing_of_it"
 
 FAULTS = (
@@ -168,6 +171,31 @@ FAULTS = (
         "changelog record of another model",
         "configuration",
         f"{_RESTORE}rows_of_another_model_are_refused_and_those_of_the_same_form_are_carried",
+    ),
+    Fault("model file truncated", "cut off after it was announced", _BAD),
+    Fault("model file of another hash", "an announcement of our own", _BAD),
+    Fault("model of numbers that are not finite", "written over after it was announced", _BAD),
+    Fault("model that does not fit the rows", "another dimension, announced", _BAD),
+    Fault("model file missing", "moved away, then back", _LACKING),
+    Fault(
+        "model missing where its rows are",
+        "registries of their own",
+        f"{_MODELS}rows_that_moved_on_wait_for_their_model_where_it_is_missing",
+    ),
+    Fault(
+        "kill −9 around a swap",
+        "SIGKILL",
+        f"{_MODELS}a_member_that_is_killed_around_a_swap_serves_the_announced_model_when_it_is_back",
+    ),
+    Fault(
+        "any sequence of crashes around a swap",
+        "scripted: drawn by Hypothesis, with the cuts of batches",
+        "crash/test_swaps.py::test_any_script_around_a_swap_is_survived_however_batches_are_cut",
+    ),
+    Fault(
+        "a swap while nobody runs",
+        "promoted between two runs",
+        f"{_MODELS}rows_that_missed_a_swap_go_over_when_they_are_restored",
     ),
     Fault("disk of `state.dir` full", "`ulimit -f`", f"{_FAULTS}a_full_disk_stops_the_member_and_loses_nothing"),
     Fault("input topic missing", "configuration", f"{_LOOP}an_unknown_topic_is_refused_with_what_to_do"),

@@ -12,7 +12,7 @@ import threading
 import time
 import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from stream_adapt import service
 from stream_adapt.cli import cli
 from stream_adapt.config import load
 from stream_adapt.errors import KafkaRefused, StateMismatch
+from stream_adapt.follow import Standing
 from stream_adapt.kafka.topics import CHANGELOG_CONFIG, TopicSpec, create_topics
 from stream_adapt.models import LearnerSpec
 from stream_adapt.pipeline import Pipeline
@@ -48,12 +49,17 @@ class Watch(Observers):
         super().__init__()
         self.slices: list[Slice] = []
         self.shards: set[int] = set()
+        self.standing: Standing | None = None
+        self.waiting: Mapping[int, str] = {}
 
     def tick(self, consumer: Any, shards: dict[int, ControlRow]) -> None:
         self.shards = set(shards)
 
     def restoring(self, done: Slice) -> None:
         self.slices.append(done)
+
+    def following(self, standing: Standing, waiting: Mapping[int, str]) -> None:
+        self.standing, self.waiting = standing, waiting
 
 
 class Member:

@@ -18,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from stream_adapt.commit import Outcome
 from stream_adapt.decode import REASONS
+from stream_adapt.follow import Standing
 from stream_adapt.metrics import (
     END_TO_END_EDGES_S,
     EXPRESSIONS,
@@ -316,12 +317,19 @@ def test_the_last_commit_is_the_start_until_there_is_one(member: Member) -> None
 
 
 def test_a_new_model_takes_the_place_of_the_old_one(member: Member) -> None:
-    member.metrics.serving("v2", 2, tables())
-    member.metrics.committed(work_of([0.5, 0.5], [1, 2]), Outcome.COMMITTED)
+    member.metrics.following(Standing("v2", swaps=1), {})
 
     assert member.value("model_info", version="v1") is None
     assert member.value("model_info", version="v2") == 1.0
-    assert member.value("score_count", which="adapted", target="1") == 1.0
+    assert (member.value("model_swaps_total"), member.value("model_outdated")) == (1.0, 0.0)
+
+
+def test_a_model_that_is_not_served_is_counted_by_its_reason_and_by_who_waits_for_it(member: Member) -> None:
+    refusals = {"missing": 0, "damaged": 2, "unfit": 1}
+    member.metrics.following(Standing("v1", "v2", "damaged", "its SHA-256 is another", 0, refusals), {3: "v2"})
+
+    assert refusals == {reason: member.value("models_refused_total", reason=reason) for reason in refusals}
+    assert (member.value("model_outdated"), member.value("model_waiting_partitions")) == (1.0, 1.0)
 
 
 # Learning
