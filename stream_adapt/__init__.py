@@ -6,6 +6,7 @@ The path of a record, in reading order:
     decode     raw records → valid events and dead letters
     adapt      score each event with its user's fast weights, then learn from it
     emit       scores and dead letters → output records
+    learning   how well a transaction's events were predicted, as sums
     pipeline   the three above, in order
     commit     outputs and offsets in one transaction, and what every error means
     runner     poll → pipeline → commit, until told to stop
@@ -19,6 +20,7 @@ Around it:
     promotion                       what an operator decides about it: `stream-adapt models …`
     meta/  pretraining  datasets/   from a log of events to a model
     kafka/  errors                  consumer, producer, topics, a broker to try things on; what can go wrong
+    drift                           River's detectors on those sums
     repair                          when rows and offsets do not belong together: `stream-adapt state …`
     breaker  quarantine             when too much is refused; when a record kills the process
     inspection  export              what is known of one user; all rows as Parquet

@@ -803,6 +803,36 @@ def bench_scale(as_json: bool, **parameters: Any) -> None:
             click.echo(f"{name:<20} {value}")
 
 
+@bench.command("drift")
+@click.option(
+    "--sets", default="movielens-1m,synthetic", show_default=True, metavar="NAMES", help="Data sets, comma-separated."
+)
+@click.option("--seeds", default=5, show_default=True, type=click.IntRange(min=1), help="Models and places of a drift.")
+@click.option("--detectors", default="", metavar="NAMES", help="Of River, comma-separated; the default if not given.")
+@click.option(
+    "--folder",
+    type=click.Path(file_okay=False, path_type=Path),
+    help="For models and what the streams told; below the cache folder if not given.",
+)
+@_json_option
+def bench_drift(as_json: bool, **options: Any) -> None:
+    """How surely and how soon known drifts are detected, and how often where there is none.
+
+    Each data set's second half, in its real order, as it is and with drifts put in: half of the items' labels turned
+    round (flip), item ids permuted (permute), turned bit by bit (gradual), turned and back (recurring), and a
+    harmless one, in which only the base rate moves.
+    """
+    from rich.console import Console
+
+    from stream_adapt.bench_drift import DriftBench, run_drift, show
+
+    console = Console(stderr=True)
+    result = run_drift(DriftBench(**options), console)
+    _print(result, as_json)
+    if not as_json:
+        show(result, Console())
+
+
 @cli.command()
 @click.option("--minutes", default=8.0, show_default=True, type=click.FloatRange(min=0.1), help="How long it goes on.")
 @click.option("--seed", default=0, show_default=True, help="Equal seeds give equal schedules and events.")

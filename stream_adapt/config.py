@@ -51,8 +51,11 @@ OWNED_PROPERTIES = {
 _SECRET_PARTS = ("password", "passphrase", "secret", "key.pem", "oauthbearer.config", "hash_key")
 #: Keys below `kafka:` that hold librdkafka properties.
 _PASSED_THROUGH = ("properties", "consumer", "producer")
-#: For drift.detector PageHinkley, of groups' means in deviations (benchmarks/drift.md).
-_PAGE_HINKLEY = {"min_instances": 1, "delta": 0.5, "threshold": 10.0, "mode": "up"}
+#: Parameters of detectors that are fed means of groups, in deviations of a reference (benchmarks/drift.md).
+_FOR_GROUPS: dict[str, dict[str, Any]] = {
+    "PageHinkley": {"min_instances": 1, "delta": 0.75, "threshold": 10.0, "mode": "up"},
+    "ADWIN": {"clock": 1},  # a look at each group: River's 32 are for single events
+}
 
 
 class _Section(BaseModel):
@@ -237,10 +240,11 @@ class DriftSettings(_Section):
 
     detector: str = Field("PageHinkley", description="A detector of River: `PageHinkley`, `ADWIN`, `binary.DDM`, …")
     parameters: dict[str, Any] | None = Field(
-        None, description="Of the detector, by River's names. Not set: measured ones for PageHinkley, else River's."
+        None,
+        description="Of the detector, by River's names. Not set: River's; for PageHinkley and ADWIN what suits groups.",
     )
-    signals: tuple[str, ...] = Field(
-        ("excess_loss", "unseen"),
+    signals: list[str] = Field(
+        ["excess_loss", "unseen"],
         description="loss, excess_loss (less what the scores expect), loss_over_frozen, calibration, unseen.",
     )
     group_events: int = Field(256, ge=1, le=1_000_000, description="Labelled events whose mean is told to a detector.")
@@ -255,9 +259,7 @@ class DriftSettings(_Section):
     @property
     def detector_parameters(self) -> dict[str, Any]:
         """The parameters that the detector gets."""
-        if self.parameters is not None:
-            return self.parameters
-        return dict(_PAGE_HINKLEY) if self.detector == "PageHinkley" else {}
+        return _FOR_GROUPS.get(self.detector, {}) if self.parameters is None else self.parameters
 
     @model_validator(mode="after")
     def _reference_has_groups(self) -> DriftSettings:

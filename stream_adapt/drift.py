@@ -13,6 +13,7 @@ schemes", Biometrika 1954). What was measured: benchmarks/drift.md.
 
 from __future__ import annotations
 
+import inspect
 import math
 import statistics
 import time
@@ -40,8 +41,6 @@ _RECENT = 8
 _LARGEST = 5.0
 #: What a binary detector is told of a group: whether it lies so many deviations above the reference.
 _HIGH = 1.0
-#: A signal that does not vary within the reference is taken to vary by so much.
-_LEAST_DEVIATION = 1e-3
 #: Page's sum grows no further, so that a signal that comes back soon counts as back.
 _HIGHEST = 20.0
 #: The slack of the sum that says since when a signal has moved, in deviations.
@@ -111,13 +110,20 @@ class Sums:
             setattr(self, name, getattr(self, name) + getattr(summary, name))
 
 
-#: What is watched: name → mean over a group. Each rises when the model fits less.
-SIGNALS: Mapping[str, Callable[[Sums], float]] = {
-    "loss": lambda s: s.loss / s.labelled,
-    "excess_loss": lambda s: (s.loss - s.entropy) / s.labelled,
-    "loss_over_frozen": lambda s: (s.loss - s.loss_frozen) / s.labelled,
-    "calibration": lambda s: abs(s.score - s.target) / s.labelled,
-    "unseen": lambda s: s.unseen / s.events,
+class Signal(msgspec.Struct, frozen=True):
+    """What is watched: a mean over a group that rises when the model fits less."""
+
+    of: Callable[[Sums], float]
+    #: Groups are taken to vary by at least so much: a rise of a fraction of it is not worth a refresh.
+    least_deviation: float
+
+
+SIGNALS: Mapping[str, Signal] = {
+    "loss": Signal(lambda s: s.loss / s.labelled, 0.01),
+    "excess_loss": Signal(lambda s: (s.loss - s.entropy) / s.labelled, 0.01),
+    "loss_over_frozen": Signal(lambda s: (s.loss - s.loss_frozen) / s.labelled, 0.01),
+    "calibration": Signal(lambda s: abs(s.score - s.target) / s.labelled, 0.01),
+    "unseen": Signal(lambda s: s.unseen / s.events, 0.02),
 }
 
 
@@ -143,7 +149,7 @@ def detectors() -> dict[str, type]:
 
 
 def make_detector(name: str, parameters: Mapping[str, Any]) -> Detector:
-    """A new detector.
+    """A new detector. One that draws numbers gets a seed, if it is not given one, so that it can be done again.
 
     Raises:
         ConfigError: there is none of this name, or it takes no such parameters; says what there is.
@@ -151,14 +157,12 @@ def make_detector(name: str, parameters: Mapping[str, Any]) -> Detector:
     kind = detectors().get(name)
     if kind is None:
         raise ConfigError(f"drift.detector={name!r}: River has {', '.join(detectors())}")
+    takes = inspect.signature(kind)
+    seed = {"seed": 0} if "seed" in takes.parameters else {}
     try:
-        made: Detector = kind(**parameters)
+        made: Detector = kind(**{**seed, **parameters})
     except (TypeError, ValueError) as error:
-        import inspect
-
-        raise ConfigError(
-            f"drift.parameters={dict(parameters)!r}: {error}. {name} takes {inspect.signature(kind)}"
-        ) from error
+        raise ConfigError(f"drift.parameters={dict(parameters)!r}: {error}. {name} takes {takes}") from error
     return made
 
 
@@ -177,7 +181,7 @@ class DriftMonitor:
                 raise ConfigError(f"drift.signals: {name!r} is none; there are {', '.join(SIGNALS)}")
         self._settings = settings
         self._now_ms = now_ms
-        self.restart("start")
+        self._begin()
 
     def add(self, summaries: Sequence[Summary]) -> list[Alarm]:
         """Takes in what transactions told; returns what moved.
@@ -201,6 +205,9 @@ class DriftMonitor:
     def restart(self, reason: str) -> None:
         """Forgets everything, references too: another model is in service, and what it is like has to be seen."""
         log.info("drift monitor starts anew", reason=reason)
+        self._begin()
+
+    def _begin(self) -> None:
         self._place = _Place()
         self._quiet_until = 0
         self._all = self._group(None)
@@ -272,7 +279,7 @@ class _Channel:
     """One signal of one domain, or over all: its reference, its detector, and since when it is above the reference."""
 
     def __init__(self, signal: str, domain: str | None, settings: DriftSettings) -> None:
-        self._signal, self._domain = signal, domain
+        self._name, self._signal, self._domain = signal, SIGNALS[signal], domain
         self._detector_name = settings.detector
         self._detector = make_detector(settings.detector, settings.detector_parameters)
         self._binary = settings.detector.startswith("binary.")
@@ -287,7 +294,7 @@ class _Channel:
 
     def feed(self, sums: Sums, place: _Place) -> None:
         """One more group."""
-        value = SIGNALS[self._signal](sums)
+        value = self._signal.of(sums)
         self._recent.append(value)
         if math.isnan(self._mean):
             self._gather(value, place)
@@ -309,7 +316,7 @@ class _Channel:
     def alarm(self, place: _Place, model_version: str, now_ms: int) -> Alarm:
         """What there is to say of it."""
         return Alarm(
-            signal=self._signal,
+            signal=self._name,
             domain=self._domain,
             detector=self._detector_name,
             value=statistics.fmean(self._risen),
@@ -324,14 +331,14 @@ class _Channel:
     def statistic(self) -> Statistic:
         """Where it stands."""
         value = statistics.fmean(self._recent) if self._recent else None
-        return Statistic(self._signal, self._domain, value, None if math.isnan(self._mean) else self._mean)
+        return Statistic(self._name, self._domain, value, None if math.isnan(self._mean) else self._mean)
 
     def _gather(self, value: float, place: _Place) -> None:
         """One more group of the reference, until it is complete."""
         self._gathered.append(value)
         if len(self._gathered) >= self._groups_of_reference:
             self._mean = statistics.fmean(self._gathered)
-            self._deviation = max(statistics.stdev(self._gathered), _LEAST_DEVIATION)
+            self._deviation = max(statistics.stdev(self._gathered), self._signal.least_deviation)
             self._since = place.here()
 
 

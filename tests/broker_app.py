@@ -17,6 +17,7 @@ import yaml
 from confluent_kafka import Message, Producer
 
 from stream_adapt.learner.feedback import Feedback, LabelCuts
+from stream_adapt.learning import LearningRecord, decode
 from stream_adapt.local import dying_with_parent
 from stream_adapt.testing.broker import RunningBroker, read_all
 
@@ -115,6 +116,10 @@ class App:
     def dead_letters(self) -> list[Message]:
         """Every committed dead letter."""
         return read_all(self.broker.bootstrap_servers, f"{self.name}.dead-letters")
+
+    def learning(self) -> list[LearningRecord]:
+        """Every committed learning record."""
+        return [decode(m.value() or b"") for m in read_all(self.broker.bootstrap_servers, f"{self.name}.learning")]
 
     def wait_for_outputs(self, count: int, timeout_s: float = 60.0) -> list[dict[str, Any]]:
         """Scores, once scores and dead letters are at least `count`."""

@@ -60,7 +60,12 @@ def test_every_event_has_one_score(app: App, delivery: str, protocol: str) -> No
     app.produce(event(n) for n in range(3_000))
     member = app.start("--stop-after", "3000", delivery=delivery, kafka={"group_protocol": protocol})
     assert member.wait(60) == 0, app.log()
-    assert _ids(app.scores()) == _once(range(3_000))
+    scores = app.scores()
+    assert _ids(scores) == _once(range(3_000))
+    told = [summary for record in app.learning() for summary in record.summaries]
+    assert sum(summary.events for summary in told) == 3_000
+    assert sum(summary.target for summary in told) == sum(score["target"] for score in scores)
+    assert sum(summary.score for summary in told) == pytest.approx(sum(score["score"] for score in scores), abs=1e-3)
 
 
 def test_bad_records_are_dead_letters_and_the_good_ones_around_them_are_scored(app: App) -> None:

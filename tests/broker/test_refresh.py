@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
 from itertools import chain, cycle, islice
+from types import MappingProxyType
+from typing import Any
 
 import msgspec
 import psutil
@@ -16,12 +17,17 @@ from broker_app import App
 from refresh_stream import DRIFT_AT, PRETRAINED, SPEC, stream, write_champion
 
 from stream_adapt import config as configuration
+from stream_adapt.announcements import Announcement, announce
 from stream_adapt.config import Config
-from stream_adapt.record import UserEvent
 from stream_adapt.kafka.topics import create_topics
-from stream_adapt.refresh.journal import Tail
+from stream_adapt.models import Registry, write_model
+from stream_adapt.record import UserEvent
+from stream_adapt.refresh.controller import Controller
+from stream_adapt.refresh.journal import Tail, ask
 from stream_adapt.refresh.record import RefreshState
 from stream_adapt.refresh.states import RESTING, State
+from stream_adapt.refresh.training import Job
+from stream_adapt.refresh.worker import Worker
 from stream_adapt.service import topic_specs
 from stream_adapt.testing.broker import RunningBroker, read_all
 
@@ -44,10 +50,12 @@ TIMEOUT_S = 300.0
 class Stage:
     """An application whose model is of the world before, a member, and a stream that goes on as it is asked to."""
 
-    def __init__(self, app: App) -> None:
+    def __init__(self, app: App, refresh: Mapping[str, Any] = MappingProxyType({})) -> None:
         self.app = app
         self.champion = write_champion(app.folder / "refreshed").version
-        self.path = app.config(model={"path": str(app.folder / "refreshed")}, drift=DRIFT, refresh=REFRESH)
+        self.path = app.config(
+            model={"path": str(app.folder / "refreshed")}, drift=DRIFT, refresh={**REFRESH, **refresh}
+        )
         self.config: Config = configuration.load(self.path).config
         create_topics({"bootstrap.servers": app.broker.bootstrap_servers}, topic_specs(self.config))
         #: Then on and on in the new world, however long it takes.
@@ -102,3 +110,73 @@ def test_a_drift_is_seen_a_challenger_trained_compared_promoted_and_watched(
     assert end.champion in {json.loads(m.value())["model_version"] for m in newest}
     assert read_all(kafka_broker.bootstrap_servers, stage.config.topic("alarms"))
     assert 0 == stage.app.stop(member)
+
+
+class Hands:
+    """A controller in this process, and what it started."""
+
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.workers: list[Worker] = []
+        self.controller = Controller(stage.config, train=self._train)
+
+    def _train(self, config: Config, job: Job) -> Worker:
+        self.workers.append(Worker(config, job))
+        return self.workers[-1]
+
+    def until(self, reached: Callable[[RefreshState], bool]) -> RefreshState:
+        """Leads, while the stream goes on, until the refresh is somewhere."""
+        deadline, due = time.monotonic() + TIMEOUT_S, 0.0
+        while self.controller.state is None or not reached(self.controller.state):
+            self.controller.turn()
+            assert time.monotonic() < deadline, f"{self.controller.state}; log:\n{self.stage.app.log()[-3000:]}"
+            if time.monotonic() > due:
+                due = time.monotonic() + 0.4
+                self.stage.feed(150)
+        return self.controller.state
+
+    def refused(self, killed_at: str) -> str:
+        """Asks for a refresh, and kills its training at a stage; returns why it was refused."""
+        started = len(self.workers)
+        ask(self.stage.config, killed_at)
+        self.until(lambda _: len(self.workers) > started and _stage(self.workers[-1]) == killed_at)
+        psutil.Process(self.workers[-1].pid).kill()
+        state = self.until(lambda s: s.state in RESTING)
+        assert state.last is not None
+        assert (State.REJECTED, "rejected") == (state.state, state.last.outcome)
+        assert self.stage.champion == state.champion
+        return state.last.reason
+
+
+def _stage(worker: Worker) -> str:
+    progress = worker.progress()
+    return progress.stage if progress else "starting"
+
+
+def test_trainings_that_die_are_refused_the_next_one_works_and_a_bad_model_planted_by_hand_goes_back(
+    make_app: Callable[..., App],
+) -> None:
+    with closing(Stage(make_app(2, SPEC), {"mode": "external"})) as stage:
+        stage.app.start(config=stage.path)
+        stage.feed(DRIFT_AT - PRETRAINED + 2_000)
+        stage.app.wait_for_outputs(DRIFT_AT - PRETRAINED + 2_000, TIMEOUT_S)
+        hands = Hands(stage)
+        with closing(hands.controller):
+            for killed_at in ("starting", "reading", "training"):
+                assert "SIGKILL" in hands.refused(killed_at)
+            ask(stage.config)
+            good = hands.until(lambda s: s.state in RESTING and s.champion != stage.champion).champion
+            bad = _plant_a_bad_model(stage, good)
+            back = hands.until(lambda s: s.state is State.ROLLED_BACK)
+            assert (good, "rolled_back", bad) == (back.champion, back.last and back.last.outcome, back.last.challenger)  # type: ignore[union-attr]
+
+
+def _plant_a_bad_model(stage: Stage, champion: str) -> str:
+    """Announces, by hand, a version that says the opposite of what the champion says."""
+    registry = Registry(stage.config.model.path)
+    model = registry.read(champion)
+    weights = msgspec.structs.replace(model.weights, item_vector=-model.weights.item_vector, bias=-model.weights.bias)
+    folder = write_model(registry.path, weights, model.spec, model.manifest.fitted, parent=champion)
+    sha256 = registry.manifest(folder.name).sha256
+    announce(stage.config, Announcement(folder.name, sha256, champion, "carry", "by mistake", time.time_ns() // 10**6))
+    return folder.name

@@ -31,8 +31,8 @@ def test_topics_are_created_once_and_found_the_second_time(kafka_broker: Running
     specs = product_topics(app, partitions=4)
     assert {TopicStatus.MISSING} == {outcome.status for outcome in check_topics(config, specs)}
     created, found = create_topics(config, specs), create_topics(config, specs)
-    assert [outcome.status for outcome in created] == [TopicStatus.CREATED] * 4
-    assert [outcome.status for outcome in found] == [TopicStatus.EXISTS] * 4
+    assert [outcome.status for outcome in created] == [TopicStatus.CREATED] * 8
+    assert [outcome.status for outcome in found] == [TopicStatus.EXISTS] * 8
     assert [spec.partitions for spec in specs] == [outcome.partitions for outcome in found]
     assert found == check_topics(config, specs)
     assert all(outcome.ok for outcome in created + found)
@@ -45,7 +45,7 @@ def test_a_topic_with_another_number_of_partitions_is_reported_and_left(kafka_br
     events, *others = create_topics(config, product_topics(app, partitions=4))
     assert (events.status, events.partitions, events.ok) == (TopicStatus.PARTITIONS_DIFFER, 2, False)
     assert f"{app}.events: exists with 2 partitions, not 4" in str(events)
-    assert [outcome.status for outcome in others] == [TopicStatus.CREATED] * 3
+    assert [outcome.status for outcome in others] == [TopicStatus.CREATED] * 7
 
 
 @pytest.mark.broker
@@ -67,10 +67,10 @@ def test_a_broker_that_is_not_there_is_refused_within_the_deadline() -> None:
 def test_the_products_topics_are_named_after_the_app_or_as_told() -> None:
     specs = product_topics("shop", partitions=8)
     wanted = [("shop.events", 8), ("shop.scores", 8), ("shop.dead-letters", 1), ("shop.changelog", 8)]
-    wanted.append(("shop.models", 1))
+    wanted += [(f"shop.{what}", 1) for what in ("learning", "alarms", "models", "refresh")]
     assert wanted == [(spec.name, spec.partitions) for spec in specs]
-    told = product_topics("shop", 8, names=TopicNames("clicks", "out", "bad", "rows", "served"))
-    assert [spec.name for spec in told] == ["clicks", "out", "bad", "rows", "served"]
+    names = ["clicks", "out", "bad", "rows", "sums", "bells", "served", "outer"]
+    assert names == [spec.name for spec in product_topics("shop", 8, names=TopicNames(*names))]
 
 
 def test_three_replicas_mean_that_two_must_have_a_record() -> None:

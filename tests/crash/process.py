@@ -19,6 +19,7 @@ from stream_adapt.emit import Emitter
 from stream_adapt.errors import Fenced, KafkaRefused
 from stream_adapt.kafka.consumer import RebalanceListener
 from stream_adapt.kafka.producer import OutputProducer
+from stream_adapt.learning import Summary, decode, total
 from stream_adapt.pipeline import Pipeline
 from stream_adapt.record import ERASE, TopicNames
 from stream_adapt.restore import Expected, Restorer
@@ -220,19 +221,29 @@ def restored(deployment: Deployment) -> Rows:
     raise AssertionError(f"not restored after {MOST_TURNS} turns")
 
 
+Learning = dict[tuple[int, int, str, str], Summary]
+
+
+def learning(broker: ScriptedBroker) -> Learning:
+    """What the learning topic says of each window, its parts added up, as a reader under read_committed sees it."""
+    read = (decode(written.value or b"") for written in broker.committed(TOPICS.learning))
+    return {one.key: one for one in total(summary for record in read for summary in record.summaries)}
+
+
 @cache
-def calm_rows(count: int) -> Rows:
-    """What a member to whom nothing happens has at the end."""
+def calm_run(count: int) -> tuple[Rows, Learning]:
+    """What a member to whom nothing happens has, and has told, at the end."""
     calm = Deployment(ScriptedBroker(records(count)))
     calm.run()
     assert rows(calm.members["app.0"]) == changelog(calm.broker)
-    return changelog(calm.broker)
+    return changelog(calm.broker), learning(calm.broker)
 
 
 def survived(
     crashes: Sequence[Crash], count: int = 40, cuts: Sequence[int] = (5,), meanwhile_turns: int = 3
 ) -> Deployment:
-    """Runs a script to its end; every input has one visible output, and every row is a calm run's, byte for byte.
+    """Runs a script to its end; every input has one visible output, and every row, and what was learned of every
+    window, is a calm run's, to the last bit.
 
     The rows are looked at three times: in the changelog, in the member that has them at the end, if it is done with
     restoring, and in a successor that restores all of them. A member that has no partitions has no rows.
@@ -247,8 +258,9 @@ def survived(
     assert once_each(deployment.broker) == outputs(deployment.broker), happened
     # Only a producer that cannot be had ends a member in order.
     assert 3 not in deployment.exits or any(crash.point is Point.INIT for crash in happened), happened
-    calm = calm_rows(count)
+    calm, calm_learning = calm_run(count)
     assert calm == changelog(deployment.broker), happened
+    assert calm_learning == learning(deployment.broker), happened
     owner = deployment.owner
     if len(owner.runner.shards) == len(deployment.broker.inputs):
         assert calm == rows(owner), happened
@@ -260,4 +272,15 @@ def survived(
     return deployment
 
 
-__all__ = ["Crash", "Deployment", "Effect", "Point", "changelog", "once_each", "outputs", "records", "survived"]
+__all__ = [
+    "Crash",
+    "Deployment",
+    "Effect",
+    "Point",
+    "changelog",
+    "learning",
+    "once_each",
+    "outputs",
+    "records",
+    "survived",
+]

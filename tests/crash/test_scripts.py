@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from process import Crash, Effect, Point, survived
+from process import TOPICS, Crash, Effect, Point, learning, survived
 
 from stream_adapt.testing.scripted import POSSIBLE
 
@@ -16,6 +19,22 @@ EVERYTHING = [(point, effect) for point, effects in POSSIBLE.items() for effect 
 def test_nothing_happens() -> None:
     deployment = survived([])
     assert (deployment.starts, deployment.broker.happened) == (1, [])
+
+
+def test_the_learning_topic_says_what_the_scores_say() -> None:
+    broker = survived(
+        [Crash(Point.COMMIT, 2, Effect.ANSWER_LOST), Crash(Point.SEND_OFFSETS, 4, Effect.KILL_AFTER)]
+    ).broker
+    scores = [json.loads(written.value or b"") for written in broker.committed(TOPICS.scores)]
+    scores = [score for score in scores if "score" in score]
+    told = learning(broker).values()
+    assert len(scores) == sum(summary.events for summary in told)
+    assert sum(score["score"] for score in scores) == pytest.approx(sum(one.score for one in told), abs=1e-5)
+    assert sum(score["target"] for score in scores) == sum(one.target for one in told)
+    happened = [score["score"] if score["target"] else 1 - score["score"] for score in scores]
+    assert -sum(map(math.log, happened)) == pytest.approx(sum(one.loss for one in told), abs=1e-4)
+    frozen = [score["frozen_score"] if score["target"] else 1 - score["frozen_score"] for score in scores]
+    assert -sum(map(math.log, frozen)) == pytest.approx(sum(one.loss_frozen for one in told), abs=1e-4)
 
 
 @pytest.mark.parametrize("call", [1, 3])

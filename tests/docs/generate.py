@@ -36,7 +36,10 @@ _TOPIC_MEANINGS = (
     "score v1, one for each event; receipt v1, one for each erasure. Key: the user id.",
     "refused records, bytes unchanged, the reason in the headers. Key: the record's.",
     "rows: the last version of each, and where their shard stands. Key: the kind of row and the id.",
+    "learning v1, one or more for each transaction with events: how well they were predicted, as sums. No key.",
+    "alarm v1: what moved, since when, and how much.",
     "which model is served: the newest record. Key: the version.",
+    "where a refresh of the model is, and what was last asked of it. Keys: `state`, `request`.",
 )
 _COMPUTED_DEFAULTS = {"app.instance": "the host's name"}
 
@@ -154,7 +157,7 @@ def topics() -> str:
     """The topics of an app."""
     specs = zip(
         product_topics("APP", 1),
-        ("`topics.partitions`", "`topics.partitions`", "1", "`topics.partitions`", "1"),
+        ("`topics.partitions`", "`topics.partitions`", "1", "`topics.partitions`", "1", "1", "1", "1"),
         strict=True,
     )
     rows = (

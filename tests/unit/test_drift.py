@@ -171,9 +171,16 @@ def test_detectors_parameters_and_signals_that_there_are_not_are_refused_with_th
         monitor(**changes)
 
 
-def test_parameters_are_the_measured_ones_for_the_default_detector_and_rivers_for_others() -> None:
+@pytest.mark.parametrize("name", list(detectors()))
+def test_equal_summaries_give_equal_alarms(name: str) -> None:
+    stream = [*windows(0, 100), *windows(100, 200, excess=0.1)]
+    assert monitor(detector=name).add(stream) == monitor(detector=name).add(stream)
+
+
+def test_parameters_are_those_for_groups_where_they_were_measured_and_rivers_for_others() -> None:
     assert "up" == settings().detector_parameters["mode"]
-    assert {} == settings(detector="ADWIN").detector_parameters
+    assert {"clock": 1} == settings(detector="ADWIN").detector_parameters
+    assert {} == settings(detector="binary.DDM").detector_parameters
     assert {"delta": 1.0} == settings(parameters={"delta": 1.0}).detector_parameters
 
 

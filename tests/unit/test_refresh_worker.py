@@ -1,4 +1,4 @@
-"""The training process: what it says is believed as far as it can be checked; when it crashes or hangs, that is said."""
+"""The training process: what it says is believed as far as it can be checked; a crash or a hang is told as such."""
 
 from __future__ import annotations
 

@@ -12,6 +12,7 @@ import pytest
 from jsonschema import Draft202012Validator
 
 from stream_adapt.decode import ID_LIMIT, REASONS, Decoder, event_struct
+from stream_adapt.drift import Alarm
 from stream_adapt.emit import Emitter
 from stream_adapt.learner.encoder import BAG_LIMIT, NUMBER_LIMIT, Bag, Categorical, Numeric, Vector, features_struct
 from stream_adapt.learner.feedback import Feedback
@@ -40,6 +41,7 @@ STRUCTS: dict[str, type[msgspec.Struct]] = {
     "score-v1": Score,
     "receipt-v1": Receipt,
     "learning-v1": LearningRecord,
+    "alarm-v1": Alarm,
 }
 
 
