@@ -22,7 +22,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import structlog
@@ -154,6 +154,7 @@ class Runner:
         self._clock = clock
         self._sleep = sleep
         self._pause_s = _FIRST_PAUSE_S
+        self._changed: list[Outputs] = []  # by the batch: the changelog's records
         self._computing_s = 0.0  # of the batch's commit, spent on making what is committed
 
     def run(self, shutdown: Shutdown) -> None:
@@ -245,15 +246,15 @@ class Runner:
             self._computing_s += work.seconds
             yield from work.outputs
         started = time.perf_counter()
-        changed = self._pipeline.changes(controls)
+        self._changed = self._pipeline.changes(controls)
         self._computing_s += time.perf_counter() - started
-        yield from changed
+        yield from self._changed
 
     def _keep(self, raw: RawBatch, done: list[Work], controls: list[ControlRow], outcome: Outcome) -> None:
         self._pipeline.adapter.commit()
         self._consumer.advance({row.partition: row.next_offset for row in controls})
         self.shards |= {row.partition: row for row in controls}
-        work = Work.joined(done)
+        work = replace(Work.joined(done), rows=self._changed)
         self.events += work.records
         self._pause_s = _FIRST_PAUSE_S
         self._observer.committed(work, outcome)

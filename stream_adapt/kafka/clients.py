@@ -16,6 +16,8 @@ import structlog
 from confluent_kafka import Consumer, Producer
 from confluent_kafka.admin import AdminClient
 
+from stream_adapt.kafka.connections import Connections
+
 log = structlog.get_logger(__name__)
 
 Settings = Mapping[str, Any]
@@ -24,19 +26,27 @@ Settings = Mapping[str, Any]
 REPEAT_S = 10.0
 
 
+#: What all clients of this process say of their connections.
+CONNECTIONS = Connections()
+
+
 def consumer(settings: Settings) -> Consumer:
     """A consumer; its lines come out when it polls."""
-    return Consumer(dict(settings), logger=LIBRDKAFKA)
+    return Consumer(_heard(settings), logger=LIBRDKAFKA)
 
 
 def producer(settings: Settings) -> Producer:
     """A producer; its lines come out when it polls or flushes."""
-    return Producer(dict(settings), logger=LIBRDKAFKA)
+    return Producer(_heard(settings), logger=LIBRDKAFKA)
 
 
 def admin(settings: Settings) -> AdminClient:
     """An admin client. It answers by futures and never polls by itself: `tell` after a call."""
-    return AdminClient(dict(settings), logger=LIBRDKAFKA)
+    return AdminClient(_heard(settings), logger=LIBRDKAFKA)
+
+
+def _heard(settings: Settings) -> dict[str, Any]:
+    return {**settings, "error_cb": CONNECTIONS.failed}
 
 
 def tell(client: AdminClient) -> None:
@@ -62,7 +72,7 @@ class Repeated:
         return self._held_back.pop(thing, 0)
 
 
-#: `FAIL [client] [thrd:…]: broker: reason`, and ERROR where nobody asked for errors to be called back.
+#: `FAIL [client] [thrd:…]: broker: reason`; ERROR is the same of clients that call no errors back.
 _CONNECTION = re.compile(r"(?:FAIL|ERROR) \[(?P<client>[^\]]*)\] \[thrd:[^\]]*\]: (?P<said>.*)", re.DOTALL)
 _BROKER = re.compile(r"(?:[^ ]*: )?(?P<broker>[^ ]+:\d+(?:/[^ :]+)?): (?P<reason>.*)", re.DOTALL)
 
