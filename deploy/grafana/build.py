@@ -64,11 +64,12 @@ def speed(name: str) -> str:
 
 def of_job(promql: str) -> str:
     """The expression for the chosen application alone: every metric gets a matcher of `job`."""
-    return re.sub(
-        r"\b((?:stream_adapt|process)_\w+)(\{)?",
-        lambda found: f'{found[1]}{{job=~"$job"' + (found[2] and "," or "}"),
-        promql,
-    )
+
+    def chosen(found: re.Match[str]) -> str:
+        name, more = found.groups()
+        return f'{name}{{job=~"$job"' + (", " if more else "}")
+
+    return re.sub(r"\b((?:stream_adapt|process)_\w+)(\{)?", chosen, promql)
 
 
 def rate(counter: str, by: str = "") -> str:
