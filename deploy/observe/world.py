@@ -234,6 +234,10 @@ class Prometheus:
         found = self._get("alerts")["alerts"]
         return {alert["labels"]["alertname"] for alert in found if alert["state"] == "firing"}
 
+    def now(self, expression: str) -> list[dict[str, Any]]:
+        """Series of an expression at this moment."""
+        return list(self._get("query", query=expression)["result"])
+
     def over(self, expression: str, start: float, end: float, step_s: float = 1.0) -> list[dict[str, Any]]:
         """Series of an expression between two times."""
         wanted = {"query": expression, "start": start, "end": end, "step": step_s}
