@@ -41,6 +41,8 @@ SCRAPE_S = 1.0
 CALM_S = 25.0
 _FIRE_TIMEOUT_S = 90.0
 _QUIET_TIMEOUT_S = 120.0
+#: What a situation led to late is still its own: a window and a `for`.
+_QUIET_S = 10.0
 #: Windows, `for` and thresholds of the shipped rules → those of the check, whose situations last seconds.
 _WINDOWS = {"1h": "20s", "10m": "20s", "5m": "10s", "2m": "5s"}
 _FOR = "3s"
@@ -48,6 +50,8 @@ _THRESHOLDS = {
     "StreamAdaptStalled": ("> 120", "> 4"),
     "StreamAdaptBrokerUnreachable": ("> 60", "> 5"),
     "StreamAdaptLag": ("> 300", "> 6"),
+    "StreamAdaptFenced": ("< 600", "< 40"),
+    "StreamAdaptRowsRefused": ("< 3600", "< 40"),
     "StreamAdaptNoLift": ("> 1000", "> 500"),
 }
 
@@ -147,7 +151,7 @@ class _Check:
         self._prometheus = world.start_prometheus()
         self._first_scrapes()
         started = time.time()
-        judged.alerts = [rule["alert"] for rule in _rules() if "alert" in rule]
+        judged.alerts = [rule["alert"] for rule in _rules(world.settings.rules) if "alert" in rule]
         self._calm("calm")
         for situation, expected, possible in (
             (self.bad_records, {"DeadLetters"}, set()),
@@ -287,10 +291,14 @@ class _Check:
         self._judged.alerts_fired += sorted(expected & fired)
         # Of the crash: its member is still gone, and the next situation expects that.
         lasting = _full({"Down"}) if situation.__name__ == "a_crash" else set()
-        deadline = time.monotonic() + _QUIET_TIMEOUT_S
-        while (now := self._prometheus.firing() - lasting) and time.monotonic() < deadline:
-            fired |= now
-            self._world.supervise() if not lasting else None
+        quiet_since = deadline = time.monotonic()
+        deadline += _QUIET_TIMEOUT_S
+        while time.monotonic() < min(quiet_since + _QUIET_S, deadline):
+            if now := self._prometheus.firing() - lasting:
+                fired |= now
+                quiet_since = time.monotonic()
+            if not lasting:
+                self._world.supervise()
             time.sleep(0.2)
         self._note_false(situation.__name__, (fired - expected - possible) | now)
 
@@ -359,8 +367,8 @@ class _Check:
             found = [self._has_series(target["expr"], start, end) for target in panel["targets"]]
             if not any(found):
                 self._judged.panels_empty.append(panel["title"])
-        for rule in _rules():
-            self._has_series(_short(rule["expr"]), start, end)
+        for rule in _rules(self._world.settings.rules):
+            self._has_series(rule["expr"], start, end)
 
     def _has_series(self, expression: str, start: float, end: float) -> bool:
         for name, value in {"$__rate_interval": "10s", "$window": "20s", "$job": ".+"}.items():
@@ -383,8 +391,8 @@ def _full(names: set[str]) -> set[str]:
     return {f"StreamAdapt{name}" for name in names}
 
 
-def _rules() -> list[dict[str, Any]]:
-    return [rule for group in yaml.safe_load(RULES.read_text(encoding="utf-8"))["groups"] for rule in group["rules"]]
+def _rules(text: str | None) -> list[dict[str, Any]]:
+    return [rule for group in yaml.safe_load(text or "")["groups"] for rule in group["rules"]]
 
 
 def _events() -> Iterator[UserEvent]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 
 import pytest
-from confluent_kafka import KafkaError
+from confluent_kafka import KafkaError, KafkaException
 
 from stream_adapt.kafka.connections import KINDS, Connections
+from stream_adapt.kafka.producer import OutputProducer
 from stream_adapt.testing.clocks import SettableClock
 
 
@@ -64,3 +65,28 @@ def test_a_client_that_knows_no_broker_yet_says_nothing() -> None:
     clock.jump(9)
 
     assert connections.unreachable_s == 0.0
+
+
+class Refusing:
+    """A client whose first call must be tried again, and which says why when it is polled."""
+
+    def __init__(self, connections: Connections) -> None:
+        self._connections = connections
+        self._tries = 0
+
+    def init_transactions(self, _timeout_s: float) -> None:
+        self._tries += 1
+        if self._tries == 1:
+            raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "no coordinator", retriable=True))
+
+    def poll(self, _timeout_s: float) -> int:
+        self._connections.failed(KafkaError(KafkaError._ALL_BROKERS_DOWN))
+        return 1
+
+
+def test_a_producer_that_waits_for_a_broker_says_so_meanwhile() -> None:
+    connections = Connections()
+    client = Refusing(connections)
+    OutputProducer({}, transactional_id="t", socket_timeout_s=1.0, deadline_s=5.0, client=lambda _: client)
+
+    assert 1 == connections.errors["connection"]

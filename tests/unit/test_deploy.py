@@ -25,7 +25,7 @@ RULES = DEPLOY / "prometheus" / "rules.yaml"
 CHART = DEPLOY / "helm" / "stream-adapt"
 DASHBOARD = DEPLOY / "grafana" / "dashboards" / "stream-adapt.json"
 #: Beside our own: of Prometheus, and of prometheus_client in every Python process.
-OTHERS = {"up", "ALERTS", "process_resident_memory_bytes", "process_cpu_seconds_total"}
+OTHERS = {"up", "ALERTS", "process_resident_memory_bytes", "process_cpu_seconds_total", "process_start_time_seconds"}
 #: Every optional part of the chart, and what values refer to.
 EVERYTHING = (
     "serviceMonitor.enabled=true,prometheusRule.enabled=true,dashboard.enabled=true,secretFiles={kafka-tls},"
