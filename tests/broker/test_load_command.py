@@ -1,4 +1,4 @@
-"""`stream-adapt load` is a producer: what it says it wrote is in the topic, and a user's events lie in one partition."""
+"""`stream-adapt load` is a producer: what it says it wrote is in the topic, a user's events in one partition."""
 
 from __future__ import annotations
 
