@@ -13,10 +13,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import structlog
-from confluent_kafka import Consumer, Producer
+from confluent_kafka import Consumer, KafkaError, Producer
 from confluent_kafka.admin import AdminClient
 
-from stream_adapt.kafka.connections import Connections
+from stream_adapt.kafka.connections import Connections, kind_of
+from stream_adapt.kafka.errors import describe
 
 log = structlog.get_logger(__name__)
 
@@ -45,10 +46,6 @@ def admin(settings: Settings) -> AdminClient:
     return AdminClient(_heard(settings), logger=LIBRDKAFKA)
 
 
-def _heard(settings: Settings) -> dict[str, Any]:
-    return {**settings, "error_cb": CONNECTIONS.failed}
-
-
 def tell(client: AdminClient) -> None:
     """Lets an admin client write the lines that it has kept back."""
     client.poll(0)
@@ -70,6 +67,22 @@ class Repeated:
             return None
         self._shown_s[thing] = now
         return self._held_back.pop(thing, 0)
+
+
+_OTHER_ERRORS = Repeated()
+
+
+def _heard(settings: Settings) -> dict[str, Any]:
+    return {**settings, "error_cb": _failed}
+
+
+def _failed(error: KafkaError) -> None:
+    """Counts an error that a client calls back. Lost connections are in its own lines; others are told here."""
+    CONNECTIONS.failed(error)
+    if kind_of(error) == "other":
+        repeated = _OTHER_ERRORS.due(error.name())
+        if repeated is not None:
+            log.warning("client error", error=describe(error), repeated=repeated)
 
 
 #: `FAIL [client] [thrd:…]: broker: reason`; ERROR is the same of clients that call no errors back.

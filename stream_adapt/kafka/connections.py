@@ -24,6 +24,11 @@ KINDS: Mapping[str, frozenset[int]] = {
 STATISTICS_MS = 1_000
 
 
+def kind_of(error: KafkaError) -> str:
+    """One of `KINDS`."""
+    return next((kind for kind, codes in KINDS.items() if error.code() in codes), "other")
+
+
 class _Broker(msgspec.Struct):
     state: str = ""
 
@@ -54,7 +59,7 @@ class Connections:
 
     def failed(self, error: KafkaError) -> None:
         """A client's `error_cb`."""
-        self.count(next((kind for kind, codes in KINDS.items() if error.code() in codes), "other"))
+        self.count(kind_of(error))
         if error.code() == KafkaError._ALL_BROKERS_DOWN:
             self._down()
 

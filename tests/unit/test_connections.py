@@ -6,7 +6,9 @@ import json
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException
+from structlog.testing import capture_logs
 
+from stream_adapt.kafka import clients
 from stream_adapt.kafka.connections import KINDS, Connections
 from stream_adapt.kafka.producer import OutputProducer
 from stream_adapt.testing.clocks import SettableClock
@@ -90,3 +92,13 @@ def test_a_producer_that_waits_for_a_broker_says_so_meanwhile() -> None:
     OutputProducer({}, transactional_id="t", socket_timeout_s=1.0, deadline_s=5.0, client=lambda _: client)
 
     assert 1 == connections.errors["connection"]
+
+
+def test_errors_that_no_line_of_the_client_tells_are_logged_few_of_them() -> None:
+    settings = clients._heard({"client.id": "c"})
+    with capture_logs() as lines:
+        for code in (KafkaError._FATAL, KafkaError._FATAL, KafkaError._TRANSPORT):
+            settings["error_cb"](KafkaError(code))
+
+    assert ["client error"] == [line["event"] for line in lines]
+    assert "_FATAL" in lines[0]["error"]
