@@ -9,10 +9,10 @@ MINUTES ?= 8
 SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow chaos lint format docs constraints clean
+.PHONY: help setup demo test test-slow chaos observe observe-check lint format docs dashboard constraints clean
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
 
 setup: .venv/.installed ## install into .venv what constraints.txt pins; does nothing when nothing changed
 
@@ -35,6 +35,12 @@ test-slow: setup ## the tests that take minutes
 chaos: setup ## kill, stop and cut off members and broker at random for MINUTES=8 with SEED=0, and count
 	$(BIN)/stream-adapt chaos --minutes $(MINUTES) --seed $(SEED) $(ARGS)
 
+observe: setup ## Kafka, a member, a load, and a Prometheus with the rules, on loopback until Ctrl-C; needs prometheus
+	$(BIN)/python deploy/observe $(ARGS)
+
+observe-check: setup ## the same, driven: brings about what each alert is for, asks every expression; one JSON object
+	$(BIN)/python deploy/observe --check $(ARGS)
+
 lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -47,6 +53,9 @@ format: setup ## let ruff mend what it can
 docs: setup ## write the generated parts of README.md and tests/README.md anew from the code
 	$(BIN)/python tests/docs/generate.py
 	PYTHONPATH=tests $(BIN)/python tests/docs/tables.py
+
+dashboard: setup ## write Grafana's dashboard anew from deploy/grafana/build.py
+	$(BIN)/python deploy/grafana/build.py
 
 # Keeps what constraints.txt pins already, as far as pyproject.toml allows; newer versions: ARGS=--upgrade
 constraints: setup ## write constraints.txt anew from pyproject.toml

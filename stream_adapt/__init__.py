@@ -28,6 +28,7 @@ Around it:
     config  logs  metrics  health   what an operator sets and sees
     shutdown  watchdog              being told to stop; a call that does not come back
     cli  demo/  bench  evaluate/    commands, and what they measure: live, in speed, and in quality
+    load                            a data set flows into the input topic, as if it happened now
     chaos/                          everything that goes wrong, on a real broker, and a count at the end
     river                           the learner as an estimator of River
     local  testing/                 this machine; fixtures and helpers for your own tests

@@ -834,6 +834,37 @@ def bench_drift(as_json: bool, **options: Any) -> None:
 
 
 @cli.command()
+@_source_options
+@_config_option
+@click.option(
+    "--per-second", default=200.0, show_default=True, type=click.FloatRange(min=0, min_open=True), help="Events."
+)
+@click.option("--seconds", type=click.FloatRange(min=0, min_open=True), help="End after so long.")
+@click.option("--events", type=click.IntRange(min=1), help="End after so many.")
+@click.option(
+    "--skip",
+    default=0.0,
+    show_default=True,
+    type=click.FloatRange(0, 1, max_open=True),
+    help="Leave out this share at first: what a model was pretrained on.",
+)
+@_json_option
+def load(config_path: Path | None, as_json: bool, **options: Any) -> None:
+    """Write the events of a data set to the input topic at a pace, as if they happened now, until Ctrl-C.
+
+    For trying things out. After the last event it begins again at the first one, with new event ids.
+    """
+    from stream_adapt.load import Load, run_load
+    from stream_adapt.shutdown import Shutdown
+
+    with Shutdown().installed() as shutdown:
+        loaded = run_load(_settings(config_path), Load(**options), shutdown)
+    _print(loaded, as_json)
+    if not as_json:
+        click.echo(f"{loaded.events:,} events to {loaded.topic} in {loaded.seconds:.1f} s")
+
+
+@cli.command()
 @click.option("--minutes", default=8.0, show_default=True, type=click.FloatRange(min=0.1), help="How long it goes on.")
 @click.option("--seed", default=0, show_default=True, help="Equal seeds give equal schedules and events.")
 @click.option("--members", default=3, show_default=True, type=click.IntRange(1, 16), help="One more joins and leaves.")

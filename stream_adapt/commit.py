@@ -22,6 +22,7 @@ import structlog
 from confluent_kafka import KafkaException, TopicPartition
 
 from stream_adapt.errors import Fenced, KafkaRefused
+from stream_adapt.kafka import clients
 from stream_adapt.kafka.consumer import generation
 from stream_adapt.kafka.errors import describe, kafka_error
 from stream_adapt.kafka.producer import Abort, FencedOff, Lost, OutputProducer, ProducerError, Undeliverable
@@ -201,6 +202,7 @@ class ExactlyOnce:
         now = time.monotonic()
         if now - self._began_at > self._transaction_timeout_s:
             return  # the broker gave the transaction up, and the epoch with it: that looks alike
+        clients.CONNECTIONS.count("fenced")
         if self._fenced_at is not None and now - self._fenced_at < self._fence_window_s:
             raise Fenced(
                 f"transactional.id {self._id!r} was taken twice within {self._fence_window_s:.0f} s ({error}): another "

@@ -8,7 +8,7 @@ The loop's thread replaces one immutable value, `Seen`; whoever asks judges the 
 request can hold up the loop.
 
     starting ─▶ standby | restoring ─▶ assigned ─▶ progressing ⇄ idle        ready, but for starting and restoring
-                  any ─▶ stalled | aborting | not_progressing | outdated          not ready
+                  any ─▶ stalled | unreachable | aborting | not_progressing | outdated     not ready
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ log = structlog.get_logger(__name__)
 
 #: So many aborts in a row are no accident any more.
 REPEATED_ABORTS = 3
+#: Without any broker for so long is no hiccup any more: a connection that breaks is back within a second.
+UNREACHABLE_AFTER_S = 5.0
 #: Requests answered at the same time; others wait in the kernel's queue.
 _MOST_THREADS = 8
 _WAITING = 128
@@ -59,6 +61,7 @@ class State(Enum):
     IDLE = "idle"  # nothing to do
     ABORTING = "aborting"  # every transaction is aborted
     NOT_PROGRESSING = "not_progressing"  # behind, and not advancing
+    UNREACHABLE = "unreachable"  # no broker is connected
     STALLED = "stalled"  # the loop does not turn
 
 
@@ -86,6 +89,7 @@ class Seen:
     restoring: Mapping[int, int] = field(default_factory=dict)  # offsets of the changelog to go
     standing: Standing = field(default_factory=lambda: Standing(""))
     waiting: Mapping[int, str] = field(default_factory=dict)  # by partition: model that its rows are of
+    unreachable_s: float = 0.0  # since when no broker is connected
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,8 +108,13 @@ class Verdict:
 def judge(seen: Seen, now_s: float, stalled_after_s: float) -> Verdict:
     """What `seen` means at `now_s`: the first that applies, worst first."""
     silent_s = now_s - seen.ticked_s
+    away = f"no broker has been connected for {seen.unreachable_s:.0f} s: the log says why"
+    is_away = seen.unreachable_s >= UNREACHABLE_AFTER_S
     if silent_s >= stalled_after_s:
-        return Verdict(State.STALLED, f"the loop has not turned for {silent_s:.0f} s")
+        because = f"; {away}" if is_away else ""
+        return Verdict(State.STALLED, f"the loop has not turned for {silent_s:.0f} s{because}")
+    if is_away:
+        return Verdict(State.UNREACHABLE, away)
     if not seen.shards and seen.restoring:
         return _judge_restore(seen)
     outdated = _judge_model(seen)
@@ -175,15 +184,22 @@ class Health:
     """
 
     def __init__(
-        self, *, stalled_after_s: float, model_version: str, clock: Callable[[], float] = time.monotonic
+        self,
+        *,
+        stalled_after_s: float,
+        model_version: str,
+        unreachable_s: Callable[[], float] = lambda: 0.0,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Starts as alive and not ready.
 
         Args:
             stalled_after_s: no turn, or no progress, for so long is a fault.
             model_version: version of the model that is served.
+            unreachable_s: asked for how long no broker has been connected.
             clock: seconds that never go back.
         """
+        self._unreachable_s = unreachable_s
         self._stalled_after_s = stalled_after_s
         self._clock = clock
         self._sampled_at: float | None = None
@@ -243,7 +259,7 @@ class Health:
 
     def report(self) -> dict[str, Any]:
         """What /readyz answers, for JSON. Times are in seconds."""
-        seen, now = self._seen, self._clock()
+        seen, now = replace(self._seen, unreachable_s=self._unreachable_s()), self._clock()
         verdict = judge(seen, now, self._stalled_after_s)
         return {
             "state": verdict.state.value,
@@ -253,6 +269,7 @@ class Health:
             "announced_version": seen.standing.announced or seen.standing.served,
             "model_problem": seen.standing.problem or None,
             "last_turn_s": round(now - seen.ticked_s, 3),
+            "unreachable_s": round(seen.unreachable_s, 3),
             "aborts_in_a_row": seen.aborts_in_a_row,
             "partitions": [
                 {"partition": p, "next_offset": s.next_offset, "lag": s.lag, "model_version": s.model_version}

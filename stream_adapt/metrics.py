@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import sys
 import time
 from bisect import bisect_left
 from collections import Counter
@@ -37,7 +38,8 @@ from prometheus_client.utils import floatToGoString
 from stream_adapt.commit import Outcome
 from stream_adapt.decode import REASONS
 from stream_adapt.follow import REFUSALS, Standing
-from stream_adapt.record import NO_LEVEL, Adapted, Batch, Flag, Floats, Work
+from stream_adapt.kafka.connections import KINDS, Connections
+from stream_adapt.record import NO_LEVEL, Adapted, Batch, Flag, Floats, Longs, Work
 from stream_adapt.restore import Slice
 from stream_adapt.state.row import DAMAGES, ControlRow, Kind
 from stream_adapt.state.table import Table
@@ -73,6 +75,9 @@ END_TO_END_EDGES_S = (
     *(1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 300.0, 900.0, 3600.0),
 )
 BATCH_EDGES = tuple(4.0**power for power in range(11))
+
+#: Which of its user's events one is: the first event of each bucket → its label.
+COLD_START = {1: "1", 2: "2", 3: "3-4", 5: "5-8", 9: "9-16", 17: "17-32", 33: "33-64", 65: "65+"}
 
 #: Lag and rows are looked at no more often than this: asking a thousand partitions takes milliseconds.
 SAMPLE_PERIOD_S = 1.0
@@ -123,6 +128,8 @@ class Family:
         return kinds[self.type](name, self.help, labels=labels)  # type: ignore[call-arg]
 
 
+#: Families with one series for each owned partition, which end with the ownership.
+_OF_PARTITIONS = ("stream_adapt_lag_records", "stream_adapt_lag_seconds", "stream_adapt_next_offset")
 _PARTITION = {"partition": OPEN}
 _ROW_KINDS = {"kind": tuple(kind.name.lower() for kind in (Kind.USER, Kind.ITEM))}
 
@@ -167,6 +174,12 @@ FAMILIES: tuple[Family, ...] = (
         {},
         END_TO_END_EDGES_S,
     ),
+    Family(
+        "stream_adapt_last_turn_timestamp_seconds",
+        "gauge",
+        "seconds since the epoch",
+        "Time of the loop's last turn; of the start, until there is one. What /healthz judges by.",
+    ),
     # Kafka
     Family(
         "stream_adapt_transactions_total",
@@ -190,6 +203,14 @@ FAMILIES: tuple[Family, ...] = (
         _PARTITION,
     ),
     Family(
+        "stream_adapt_lag_seconds",
+        "gauge",
+        "seconds",
+        "While records wait: the age of the last committed event, but no more than since nothing waited; else 0. Not "
+        "there before the first commit.",
+        _PARTITION,
+    ),
+    Family(
         "stream_adapt_next_offset",
         "gauge",
         "offset",
@@ -202,6 +223,19 @@ FAMILIES: tuple[Family, ...] = (
         "rebalances",
         "Times partitions were given to this member or taken from it.",
         {"kind": ("assigned", "revoked")},
+    ),
+    Family(
+        "stream_adapt_client_errors_total",
+        "counter",
+        "errors",
+        "Errors that Kafka clients called back; fenced: another producer took this member's transactional id.",
+        {"kind": tuple(KINDS)},
+    ),
+    Family(
+        "stream_adapt_unreachable_seconds",
+        "gauge",
+        "seconds",
+        "How long no broker has been connected; 0 while one is.",
     ),
     # State
     Family("stream_adapt_rows", "gauge", "rows", "Rows held, of all owned partitions.", _ROW_KINDS),
@@ -226,6 +260,13 @@ FAMILIES: tuple[Family, ...] = (
         "Rows dropped because they were idle for longer than state.ttl_s; items never are.",
         _ROW_KINDS,
     ),
+    Family(
+        "stream_adapt_changelog_records_total",
+        "counter",
+        "records",
+        "Changelog records committed: rows that changed, tombstones, and where shards stand.",
+    ),
+    Family("stream_adapt_changelog_bytes_total", "counter", "bytes", "Their values' bytes, before compression."),
     Family(
         "stream_adapt_restore_records_total",
         "counter",
@@ -285,7 +326,27 @@ FAMILIES: tuple[Family, ...] = (
         "Sum of the scores in each bucket: how many of its targets should be 1.",
         {"which": WHICH, "bucket": SCORE_BUCKETS},
     ),
+    Family(
+        "stream_adapt_cold_start_log_loss",
+        "summary",
+        "nats",
+        "The same log-loss by which of its user's events each was: what adaptation gains a newcomer, and how soon.",
+        {"which": WHICH, "nth": tuple(COLD_START.values())},
+    ),
+    Family(
+        "stream_adapt_score_change",
+        "summary",
+        "probability",
+        "How far learning from an event that has a target moved its own score, up or down.",
+    ),
     # What runs
+    Family(
+        "stream_adapt_gpu_memory_bytes",
+        "gauge",
+        "bytes",
+        "GPU memory that PyTorch has reserved; not there where the rule runs on the CPU.",
+        {"device": OPEN},
+    ),
     Family("stream_adapt_model_info", "info", "", "The model that is served.", {"version": OPEN}),
     Family("stream_adapt_model_swaps_total", "counter", "swaps", "Times another model was taken into service."),
     Family(
@@ -355,6 +416,13 @@ sum by (which) (
 / sum by (which) (rate(stream_adapt_score_count{negative}))"""
 
 
+def _cold_start(which: str) -> str:
+    over = _selector(which)
+    return f"""\
+sum by (nth) (rate(stream_adapt_cold_start_log_loss_sum{over}))
+/ sum by (nth) (rate(stream_adapt_cold_start_log_loss_count{over}))"""
+
+
 def _less(minuend: str, subtrahend: str) -> str:
     return f"sum(\n{minuend}\n)\n- sum(\n{subtrahend}\n)"
 
@@ -400,6 +468,17 @@ EXPRESSIONS: tuple[Expression, ...] = (
         "event timestamp to commit",
     ),
     Expression("lag", "sum(stream_adapt_lag_records)", "records waiting"),
+    Expression("lag in seconds", "max(stream_adapt_lag_seconds)", "how far the last partition is behind"),
+    Expression(
+        "cold-start lift",
+        _cold_start("frozen") + "\n- " + _cold_start("adapted"),
+        "what adaptation gains in log-loss, by which of its user's events",
+    ),
+    Expression(
+        "changelog bytes per event",
+        "sum(rate(stream_adapt_changelog_bytes_total[1h])) / sum(rate(stream_adapt_events_total[1h]))",
+        "what durable state costs",
+    ),
     Expression(
         "seconds per event, by stage",
         "sum by (stage) (rate(stream_adapt_stage_seconds_total[1h]))\n"
@@ -507,6 +586,7 @@ class Metrics(Collector):
         model_version: str,
         target_level: int,
         tables: Mapping[Kind, Table],
+        connections: Connections | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Registers every family.
@@ -516,9 +596,12 @@ class Metrics(Collector):
             model_version: version of the model that is served.
             target_level: from this level on the target is 1.
             tables: the rows of users and items.
+            connections: what the Kafka clients say.
             clock: seconds since the epoch.
         """
         self._clock = clock
+        self._connections = connections or Connections()
+        self._delay = _Delay()
         self._slab = _Slab([family for family in FAMILIES if not family.is_open])
         self._open: _OpenSamples = {family.name: {} for family in FAMILIES if family.is_open}
         self._open["stream_adapt_build_info"] = {_build(): 1.0}
@@ -526,7 +609,8 @@ class Metrics(Collector):
         self._scores = _ScoreCounts(self._slab)
         self._batch_sizes = self._slab.view(_family("stream_adapt_batch_records"))
         self._end_to_end = self._slab.view(_family("stream_adapt_end_to_end_seconds"))
-        self._slab.put("stream_adapt_last_commit_timestamp_seconds", value=clock())
+        for name in ("stream_adapt_last_commit_timestamp_seconds", "stream_adapt_last_turn_timestamp_seconds"):
+            self._slab.put(name, value=clock())
         self._target_level = target_level
         self._tables = dict(tables)
         self._open["stream_adapt_model_info"] = {(model_version,): 1.0}
@@ -539,12 +623,17 @@ class Metrics(Collector):
     def tick(self, consumer: Consumer, shards: Mapping[int, ControlRow]) -> None:
         """A turn of the loop is over."""
         now = self._clock()
+        self._slab.put("stream_adapt_last_turn_timestamp_seconds", value=now)
         if abs(now - self._sampled_at) >= SAMPLE_PERIOD_S:
             self._sampled_at = now
             self._sample_rows()
+            lags = consumer.lag()
+            behind_s = self._delay.seconds(lags, now)
             self._slab.put("stream_adapt_assigned_partitions", value=len(shards))
-            self._open["stream_adapt_lag_records"] = {(str(p),): lag for p, lag in consumer.lag().items()}
+            self._open["stream_adapt_lag_records"] = {(str(p),): lag for p, lag in lags.items()}
+            self._open["stream_adapt_lag_seconds"] = {(str(p),): late for p, late in behind_s.items()}
             self._open["stream_adapt_next_offset"] = {(str(p),): row.next_offset for p, row in shards.items()}
+            self._open["stream_adapt_gpu_memory_bytes"] = {(device,): b for device, b in _gpu_memory().items()}
         self._publish()
 
     def stage(self, name: str, seconds: float) -> None:
@@ -569,7 +658,11 @@ class Metrics(Collector):
             self._slab.add("stream_adapt_dead_letters_total", reason, value=count)
         self._batch_sizes[bisect_left(BATCH_EDGES, records)] += 1
         self._batch_sizes[-1] += records
+        for block in work.rows:
+            self._slab.add("stream_adapt_changelog_records_total", value=len(block))
+            self._slab.add("stream_adapt_changelog_bytes_total", value=sum(map(len, filter(None, block.values))))
         if scores:
+            self._delay.committed(work.batch)
             self._count_ages(now - work.batch.timestamps_ms * 0.001)
             self._count_flags(work.adapted)
             self._scores.add(work.batch, work.adapted, self._target_level)
@@ -585,7 +678,8 @@ class Metrics(Collector):
         self._slab.add("stream_adapt_rebalances_total", kind)
         if kind == "revoked":
             gone = {(str(partition),) for partition in partitions}
-            for name in ("stream_adapt_lag_records", "stream_adapt_next_offset"):
+            self._delay.forget(partitions)
+            for name in _OF_PARTITIONS:
                 self._open[name] = {labels: v for labels, v in self._open[name].items() if labels not in gone}
         self._sampled_at = -np.inf
         self._publish()
@@ -612,8 +706,14 @@ class Metrics(Collector):
     # What a scrape reads, in whatever thread
 
     def collect(self) -> Iterator[Metric]:
-        """Every family, as of the last publication."""
+        """Every family, as of the last publication; but connections as of now, when a loop that waits for a broker
+        publishes nothing.
+        """
         values, open_samples = self._published
+        values = values.copy()
+        values[self._slab.slot("stream_adapt_unreachable_seconds")] = self._connections.unreachable_s
+        for kind, count in self._connections.errors.items():
+            values[self._slab.slot("stream_adapt_client_errors_total", kind)] = count
         for family in FAMILIES:
             samples = open_samples[family.name].items() if family.is_open else self._read(family, values)
             metric = family.metric()
@@ -652,30 +752,66 @@ class Metrics(Collector):
             self._slab.add("stream_adapt_flagged_scores_total", str(flag.name).lower(), value=count)
 
 
+class _Delay:
+    """How far behind partitions are, in seconds."""
+
+    def __init__(self) -> None:
+        self._latest_ms: Longs = np.zeros(0, dtype=np.int64)  # by partition: of the last committed event; 0: none
+        self._nothing_waited_s: dict[int, float] = {}  # by partition, when that was last seen
+
+    def committed(self, batch: Batch) -> None:
+        """These events are done."""
+        most = int(batch.partitions.max())
+        if most >= len(self._latest_ms):
+            self._latest_ms = np.append(self._latest_ms, np.zeros(most + 1 - len(self._latest_ms), dtype=np.int64))
+        self._latest_ms[batch.partitions] = batch.timestamps_ms  # of several the last one stays
+
+    def forget(self, partitions: Collection[int]) -> None:
+        """Another member has these now."""
+        for partition in partitions:
+            self._nothing_waited_s.pop(partition, None)
+            if partition < len(self._latest_ms):
+                self._latest_ms[partition] = 0
+
+    def seconds(self, lags: Mapping[int, int], now_s: float) -> dict[int, float]:
+        """By partition; those of which nothing is known yet are not among them."""
+        self._nothing_waited_s |= {partition: now_s for partition, lag in lags.items() if not lag}
+        known = {p: float(ms) * 0.001 for p in lags if p < len(self._latest_ms) and (ms := self._latest_ms[p])}
+        since = {p: max(known.get(p, -np.inf), self._nothing_waited_s.get(p, -np.inf)) for p in lags}
+        return {p: max(now_s - then, 0.0) if lags[p] else 0.0 for p, then in since.items() if then > -np.inf}
+
+
 class _ScoreCounts:
     """How good the scores of events with a target are: log-loss, and counts by bucket."""
 
     #: Every edge is a multiple of 1/_GRID, so that a score's bucket is found by looking it up, and not by searching.
     _GRID = 10_000
     _BUCKET = np.searchsorted(SCORE_EDGES, np.arange(_GRID + 1) / _GRID - 1e-9)
+    #: By which of its user's events one is, up to the first of the last bucket: its bucket.
+    _NTH = np.maximum(np.searchsorted([*COLD_START], np.arange(max(COLD_START) + 1), side="right") - 1, 0)
 
     def __init__(self, slab: _Slab) -> None:
         self._histogram = slab.view(_family("stream_adapt_score"))
         self._counts = slab.view(_family("stream_adapt_bucket_scores_total"))
         self._probability = slab.view(_family("stream_adapt_bucket_probability_total"))
         self._log_loss = slab.view(_family("stream_adapt_log_loss"))
+        self._cold_start = slab.view(_family("stream_adapt_cold_start_log_loss"))
+        self._change = slab.view(_family("stream_adapt_score_change"))
 
     def add(self, batch: Batch, adapted: Adapted, target_level: int) -> None:
         """Counts n events; those without a level have no target and are left out."""
-        levels, scores = batch.levels, (adapted.score, adapted.frozen_score)
-        usable = (levels != NO_LEVEL) & np.isfinite(scores[0]) & np.isfinite(scores[1])
+        levels, nth = batch.levels, adapted.adaptations
+        score, frozen, updated = adapted.score, adapted.frozen_score, adapted.updated_score
+        usable = (levels != NO_LEVEL) & np.isfinite(score) & np.isfinite(frozen)
         if not usable.all():
-            levels, scores = levels[usable], (scores[0][usable], scores[1][usable])
+            levels, nth, score, frozen, updated = (c[usable] for c in (levels, nth, score, frozen, updated))
         target = levels >= target_level
-        for which, score in enumerate(scores):
-            self._add_column(which, score, target)
+        nth = self._NTH.take(nth, mode="clip")
+        for which, column in enumerate((score, frozen)):
+            self._add_column(which, column, target, nth)
+        self._change += (len(score), np.nansum(np.abs(updated - score)))
 
-    def _add_column(self, which: int, score: Floats, target: npt.NDArray[np.bool_]) -> None:
+    def _add_column(self, which: int, score: Floats, target: npt.NDArray[np.bool_], nth: Longs) -> None:
         buckets = len(SCORE_BUCKETS)
         # Less a little, because 0.29 × 10,000 is more than 2,900: a score at an edge belongs below it.
         bucket = self._BUCKET.take(np.ceil(score * self._GRID - 1e-6).astype(np.int64), mode="clip")
@@ -687,8 +823,10 @@ class _ScoreCounts:
         self._histogram[which, :, -1] += sums.sum(axis=1)
         self._probability[which, :, 0] += sums.sum(axis=0)
         of_what_happened = np.where(target, score, 1.0 - score)
-        log_loss = -float(np.log(np.maximum(of_what_happened, _PROBABILITY_FLOOR)).sum())
-        self._log_loss[which] += (len(score), log_loss)
+        log_loss = -np.log(np.maximum(of_what_happened, _PROBABILITY_FLOOR))
+        self._log_loss[which] += (len(score), log_loss.sum())
+        self._cold_start[which, :, 0] += np.bincount(nth, minlength=len(COLD_START))
+        self._cold_start[which, :, 1] += np.bincount(nth, log_loss, len(COLD_START))
 
 
 def _add_histogram(metric: HistogramMetricFamily, family: Family, labels: Iterable[str], numbers: Floats) -> None:
@@ -717,6 +855,14 @@ _ADD: Mapping[FamilyType, Callable[..., None]] = {
     "summary": _add_summary,
     "info": _add_info,
 }
+
+
+def _gpu_memory() -> dict[str, float]:
+    """Bytes that PyTorch has reserved, by device; importing it only for this would take seconds."""
+    torch = sys.modules.get("torch")
+    if torch is None or not torch.cuda.is_initialized():
+        return {}
+    return {str(device): float(torch.cuda.memory_reserved(device)) for device in range(torch.cuda.device_count())}
 
 
 def _family(name: str) -> Family:

@@ -69,14 +69,18 @@ class Pipeline:
         self.adapter.serve(slow)
         self.emitter.model_version = slow.model.version
 
-    def changes(self, controls: Iterable[ControlRow], done: Sequence[Work] = ()) -> list[Outputs]:
-        """What ends a transaction: rows that changed since the last commit and where their shards then stand, for the
-        changelog, and summaries of what was learned, for the learning topic.
-        """
+    def changes(self, controls: Iterable[ControlRow]) -> list[Outputs]:
+        """Rows that changed since the last commit, and where their shards then stand: for the changelog."""
         started = time.perf_counter()
         outputs = list(self.emitter.rows(self.adapter.overlay, controls))
-        if summaries := self._summaries(done):
-            outputs.append(self.emitter.learning(summaries))
+        self.timer("changelog", time.perf_counter() - started)
+        return outputs
+
+    def learned(self, done: Sequence[Work]) -> list[Outputs]:
+        """Sums of how well the events of a transaction were predicted, for the learning topic."""
+        started = time.perf_counter()
+        summaries = self._summaries(done)
+        outputs = [self.emitter.learning(summaries)] if summaries else []
         self.timer("changelog", time.perf_counter() - started)
         return outputs
 

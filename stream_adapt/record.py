@@ -261,6 +261,7 @@ class Work:
     adapted: Adapted
     dead_letters: list[DeadLetter]
     seconds: float  # that it took
+    rows: Sequence[Outputs] = ()  # what a whole batch changed: the changelog's records
 
     @property
     def records(self) -> int:

@@ -136,8 +136,8 @@ class Restorer:
     def step(self, budget_s: float) -> dict[int, ControlRow | None]:
         """Goes on for about `budget_s`; returns the shards whose rows are all there and belong there.
 
-        With each its control row; None where nothing was ever committed. A shard with which another member has gone on meanwhile is left as it is: this one stood still, and hears at its
-        next poll that the shard was taken away.
+        With each its control row; None where nothing was ever committed. A shard with which another member has gone on
+        meanwhile is left as it is: this one stood still, and hears at its next poll that the shard was taken away.
 
         Raises:
             StateMismatch: they do not belong there; says what to do.

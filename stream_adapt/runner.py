@@ -31,7 +31,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import msgspec
@@ -188,6 +188,7 @@ class Runner:
         self._clock = clock
         self._sleep = sleep
         self._pause_s = _FIRST_PAUSE_S
+        self._changed: list[Outputs] = []  # by the batch: the changelog's records
         self._computing_s = 0.0  # of the batch's commit, spent on making what is committed
 
     def run(self, shutdown: Shutdown) -> None:
@@ -324,9 +325,10 @@ class Runner:
             self._computing_s += work.seconds
             yield from work.outputs
         started = time.perf_counter()
-        changed = self._pipeline.changes(controls, done)
+        self._changed = self._pipeline.changes(controls)
+        last = [*self._changed, *self._pipeline.learned(done)]
         self._computing_s += time.perf_counter() - started
-        yield from changed
+        yield from last
 
     def _keep(self, raw: RawBatch, done: list[Work], controls: list[ControlRow], outcome: Outcome) -> None:
         self._pipeline.adapter.commit()
@@ -336,7 +338,7 @@ class Runner:
             since = {p: self.shards[p].model_since for p in self._going_over}
             log.info("shards went over to the model", model=self._served, rows=self._going_over, since=since)
             self._going_over = {}
-        work = Work.joined(done)
+        work = replace(Work.joined(done), rows=self._changed)
         self.events += work.records
         self._pause_s = _FIRST_PAUSE_S
         self._observer.committed(work, outcome)

@@ -15,7 +15,7 @@ import msgspec
 import structlog
 from confluent_kafka import KafkaException, TopicCollection
 from confluent_kafka.admin import AdminClient
-from prometheus_client import CollectorRegistry
+from prometheus_client import CollectorRegistry, ProcessCollector
 
 from stream_adapt.adapt import Adapter
 from stream_adapt.announcements import Announcement, Announcements
@@ -113,14 +113,20 @@ def calm_collector() -> None:
 def _watch(config: Config, adapter: Adapter, stack: ExitStack) -> tuple[Observers, int]:
     """Metrics and health of a member, and the port where they are served until the stack closes."""
     registry = CollectorRegistry()
+    ProcessCollector(registry=registry)
     model = adapter.model
     metrics = Metrics(
         registry,
         model_version=model.version,
         target_level=model.spec.feedback.target_level,
         tables={Kind.USER: adapter.users, Kind.ITEM: adapter.items},
+        connections=clients.CONNECTIONS,
     )
-    health = Health(stalled_after_s=config.metrics.stalled_after_s, model_version=model.version)
+    health = Health(
+        stalled_after_s=config.metrics.stalled_after_s,
+        model_version=model.version,
+        unreachable_s=lambda: clients.CONNECTIONS.unreachable_s,
+    )
     server = stack.enter_context(HealthServer(registry, health, host=config.metrics.host, port=config.metrics.port))
     return Observers(metrics, health), server.port
 

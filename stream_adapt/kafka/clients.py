@@ -13,8 +13,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import structlog
-from confluent_kafka import Consumer, Producer
+from confluent_kafka import Consumer, KafkaError, Producer
 from confluent_kafka.admin import AdminClient
+
+from stream_adapt.kafka.connections import Connections, kind_of
+from stream_adapt.kafka.errors import describe
 
 log = structlog.get_logger(__name__)
 
@@ -24,19 +27,23 @@ Settings = Mapping[str, Any]
 REPEAT_S = 10.0
 
 
+#: What all clients of this process say of their connections.
+CONNECTIONS = Connections()
+
+
 def consumer(settings: Settings) -> Consumer:
     """A consumer; its lines come out when it polls."""
-    return Consumer(dict(settings), logger=LIBRDKAFKA)
+    return Consumer(_heard(settings), logger=LIBRDKAFKA)
 
 
 def producer(settings: Settings) -> Producer:
     """A producer; its lines come out when it polls or flushes."""
-    return Producer(dict(settings), logger=LIBRDKAFKA)
+    return Producer(_heard(settings), logger=LIBRDKAFKA)
 
 
 def admin(settings: Settings) -> AdminClient:
     """An admin client. It answers by futures and never polls by itself: `tell` after a call."""
-    return AdminClient(dict(settings), logger=LIBRDKAFKA)
+    return AdminClient(_heard(settings), logger=LIBRDKAFKA)
 
 
 def tell(client: AdminClient) -> None:
@@ -62,7 +69,23 @@ class Repeated:
         return self._held_back.pop(thing, 0)
 
 
-#: `FAIL [client] [thrd:…]: broker: reason`, and ERROR where nobody asked for errors to be called back.
+_OTHER_ERRORS = Repeated()
+
+
+def _heard(settings: Settings) -> dict[str, Any]:
+    return {**settings, "error_cb": _failed}
+
+
+def _failed(error: KafkaError) -> None:
+    """Counts an error that a client calls back. Lost connections are in its own lines; others are told here."""
+    CONNECTIONS.failed(error)
+    if kind_of(error) == "other":
+        repeated = _OTHER_ERRORS.due(error.name())
+        if repeated is not None:
+            log.warning("client error", error=describe(error), repeated=repeated)
+
+
+#: `FAIL [client] [thrd:…]: broker: reason`; ERROR is the same of clients that call no errors back.
 _CONNECTION = re.compile(r"(?:FAIL|ERROR) \[(?P<client>[^\]]*)\] \[thrd:[^\]]*\]: (?P<said>.*)", re.DOTALL)
 _BROKER = re.compile(r"(?:[^ ]*: )?(?P<broker>[^ ]+:\d+(?:/[^ :]+)?): (?P<reason>.*)", re.DOTALL)
 

@@ -18,6 +18,7 @@ from confluent_kafka import Consumer, KafkaError, KafkaException, Message, Topic
 
 from stream_adapt.errors import KafkaRefused
 from stream_adapt.kafka import clients
+from stream_adapt.kafka.connections import STATISTICS_MS
 from stream_adapt.kafka.errors import describe, kafka_error
 from stream_adapt.record import Ints, Longs, RawBatch
 
@@ -85,7 +86,8 @@ class InputConsumer:
         self._leaving = False
         self._repeated = clients.Repeated()
         self._lookup = clients.consumer(properties)
-        self._consumer = clients.consumer(properties)
+        statistics = {"stats_cb": clients.CONNECTIONS.told, "statistics.interval.ms": STATISTICS_MS}
+        self._consumer = clients.consumer({**properties, **statistics})
         self._consumer.subscribe([topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
 
     def poll(self, max_records: int, timeout_s: float) -> RawBatch:

@@ -255,8 +255,12 @@ class OutputProducer:
 
     def _call(self, name: str, call: Callable[..., Any], *, blocks: bool = True) -> Any:
         deadline = time.monotonic() + self._deadline_s
+        again = False
         while True:
             try:
+                if again:
+                    self._producer.poll(0)  # what goes wrong meanwhile is called back, and shows on /readyz
+                again = True
                 with self._watch(name, _OVERDUE * self._deadline_s):
                     return call(_TRY_S) if blocks and name != "begin_transaction" else call()
             except (KafkaException, SystemError) as raised:

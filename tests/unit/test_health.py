@@ -143,7 +143,10 @@ VERDICTS = [
     ),
     (replace(OWNER, aborts_in_a_row=2), State.IDLE, True, "every record"),
     (replace(OWNER, aborts_in_a_row=3), State.ABORTING, False, "3 transactions in a row were aborted"),
+    (replace(OWNER, unreachable_s=4.9), State.IDLE, True, "every record"),
+    (replace(OWNER, unreachable_s=5.0, aborts_in_a_row=3), State.UNREACHABLE, False, "no broker has been connected"),
     (replace(OWNER, ticked_s=OLD), State.STALLED, False, "not turned for 30 s"),
+    (replace(OWNER, ticked_s=OLD, unreachable_s=31.0), State.STALLED, False, "no broker has been connected for 31 s"),
     (replace(JOINED, ticked_s=OLD), State.STALLED, False, "not turned for 30 s"),
 ]
 
@@ -351,6 +354,7 @@ def test_readyz_says_state_reason_and_positions(server: HealthServer, loop: Loop
         "announced_version": "v1",
         "model_problem": None,
         "last_turn_s": 0.0,
+        "unreachable_s": 0.0,
         "aborts_in_a_row": 0,
         "partitions": [
             {"partition": 0, "next_offset": 0, "lag": None, "model_version": "v1"},

@@ -5,21 +5,27 @@ from __future__ import annotations
 import re
 import shutil
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import numpy.typing as npt
 import pytest
+from confluent_kafka import KafkaError
 from prometheus_client import CollectorRegistry, Histogram, generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from stream_adapt.commit import Outcome
 from stream_adapt.decode import REASONS
 from stream_adapt.follow import Standing
+from stream_adapt.kafka.connections import Connections
 from stream_adapt.metrics import (
+    COLD_START,
     END_TO_END_EDGES_S,
     EXPRESSIONS,
     FAMILIES,
@@ -29,11 +35,12 @@ from stream_adapt.metrics import (
     WHICH,
     Family,
     Metrics,
+    _ScoreCounts,
     auc_from_buckets,
     calibration_error_from_buckets,
     reference,
 )
-from stream_adapt.record import NO_LEVEL, Adapted, Batch, DeadLetter, Flag, ItemId, UserId, Work
+from stream_adapt.record import NO_LEVEL, Adapted, Batch, DeadLetter, Flag, ItemId, Outputs, UserId, Work
 from stream_adapt.runner import Observer
 from stream_adapt.state.row import ControlRow, Field, Kind, Layout
 from stream_adapt.state.table import Table
@@ -76,7 +83,15 @@ class Member:
         self.registry = CollectorRegistry()
         self.clock = Clock()
         self.tables = tables()
-        self.metrics = Metrics(self.registry, model_version="v1", target_level=1, tables=self.tables, clock=self.clock)
+        self.connections = Connections(self.clock)
+        self.metrics = Metrics(
+            self.registry,
+            model_version="v1",
+            target_level=1,
+            tables=self.tables,
+            connections=self.connections,
+            clock=self.clock,
+        )
 
     def value(self, sample: str, **labels: str) -> float | None:
         return self.registry.get_sample_value(f"stream_adapt_{sample}", labels)
@@ -276,6 +291,77 @@ def test_lag_and_position_end_with_the_partition(member: Member) -> None:
     assert member.value("rebalances_total", kind="revoked") == 1.0
 
 
+def test_lag_in_seconds_is_the_age_of_the_last_committed_event_while_records_wait(member: Member) -> None:
+    consumer = FakeConsumer({0: 5, 1: 0, 2: 9})
+    member.metrics.tick(consumer, shards(0, 1, 2))
+    assert member.value("lag_seconds", partition="0") is None
+
+    member.metrics.committed(work_of([0.5] * 3, age_s=[90.0, 40.0, 30.0]), Outcome.COMMITTED)
+    member.clock.now += 10
+    member.metrics.tick(consumer, shards(0, 1, 2))
+
+    assert member.value("lag_seconds", partition="0") == pytest.approx(40.0)
+    assert member.value("lag_seconds", partition="1") == 0.0
+    assert member.value("lag_seconds", partition="2") is None
+    assert member.value("lag_records", partition="2") == 9.0
+
+
+def test_a_record_after_a_quiet_hour_is_not_an_hour_late(member: Member) -> None:
+    consumer = FakeConsumer({0: 0})
+    member.metrics.committed(work_of([0.5], age_s=3600.0), Outcome.COMMITTED)
+    member.metrics.tick(consumer, shards(0))
+    consumer.lags = {0: 1}
+    member.clock.now += 2
+    member.metrics.tick(consumer, shards(0))
+    assert member.value("lag_seconds", partition="0") == pytest.approx(2.0)
+
+    member.metrics.rebalanced("revoked", [0])
+    member.metrics.tick(consumer, shards(0))
+
+    assert member.value("lag_seconds", partition="0") is None
+
+
+def test_the_last_turn_is_the_start_until_there_is_one(member: Member) -> None:
+    assert member.value("last_turn_timestamp_seconds") == NOW_S
+
+    member.clock.now += 0.1
+    member.metrics.tick(FakeConsumer(), {})
+
+    assert member.value("last_turn_timestamp_seconds") == NOW_S + 0.1
+
+
+def test_what_clients_say_of_their_connections_shows_while_the_loop_waits(member: Member) -> None:
+    assert member.value("client_errors_total", kind="connection") == 0.0
+
+    member.connections.failed(KafkaError(KafkaError._ALL_BROKERS_DOWN))
+    member.clock.now += 7
+
+    assert member.value("client_errors_total", kind="connection") == 1.0
+    assert member.value("unreachable_seconds") == 7.0
+
+
+def test_changelog_records_and_their_bytes_are_those_committed(member: Member) -> None:
+    rows = [Outputs("c", [b"a", b"b"], [b"12345", None], None, [0, 0], [-1, -1])]
+    member.metrics.committed(replace(work_of([0.5]), rows=rows), Outcome.COMMITTED)
+
+    assert member.value("changelog_records_total") == 2.0
+    assert member.value("changelog_bytes_total") == 5.0
+
+
+def test_gpu_memory_is_what_torch_has_reserved_and_absent_without_a_gpu(
+    member: Member, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def torch(initialized: bool) -> SimpleNamespace:
+        names = {"is_initialized": lambda: initialized, "device_count": lambda: 1, "memory_reserved": lambda _: 2048}
+        return SimpleNamespace(cuda=SimpleNamespace(**names))
+
+    for initialized, shown in ((False, None), (True, 2048.0)):
+        monkeypatch.setitem(sys.modules, "torch", torch(initialized))
+        member.clock.now += 2
+        member.metrics.tick(FakeConsumer(), {})
+        assert member.value("gpu_memory_bytes", device="0") == shown
+
+
 def test_lag_is_asked_for_once_a_second_and_after_a_rebalance(member: Member) -> None:
     consumer = FakeConsumer({0: 1})
     for advance in (0.0, 0.4, 0.4, 0.4):
@@ -352,6 +438,38 @@ def test_log_loss_is_that_of_events_with_a_target(member: Member) -> None:
     assert member.value("log_loss_sum", which="frozen") == pytest.approx(2 * np.log(2))
 
 
+def test_cold_start_is_log_loss_by_which_of_its_users_events_each_was(member: Member) -> None:
+    work = work_of([0.9, 0.8, 0.7, 0.6], [1, 1, 1, 1], frozen=[0.5] * 4)
+    nth = np.array([1, 3, 4, 1_000_000], dtype=np.int64)
+    member.metrics.committed(replace(work, adapted=replace(work.adapted, adaptations=nth)), Outcome.COMMITTED)
+
+    def summed(which: str, nth: str) -> list[float | None]:
+        return [member.value(f"cold_start_log_loss_{part}", which=which, nth=nth) for part in ("count", "sum")]
+
+    assert summed("adapted", "1") == pytest.approx([1.0, -np.log(0.9)])
+    assert summed("adapted", "2") == [0.0, 0.0]
+    assert summed("adapted", "3-4") == pytest.approx([2.0, -np.log(0.8) - np.log(0.7)])
+    assert summed("frozen", "65+") == pytest.approx([1.0, np.log(2)])
+
+
+def test_every_number_of_events_has_its_bucket() -> None:
+    for n in range(1, 200):
+        label = COLD_START[max(first for first in COLD_START if first <= n)]
+        low, _, high = label.rstrip("+").partition("-")
+        assert int(low) <= n
+        assert n <= int(high or low) or label.endswith("+")
+        assert _ScoreCounts._NTH.take(n, mode="clip") == list(COLD_START.values()).index(label)
+
+
+def test_how_far_events_move_their_own_scores_is_summed(member: Member) -> None:
+    work = work_of([0.5, 0.5, 0.5], [1, 0, 1])
+    moved = replace(work.adapted, updated_score=np.array([0.75, 0.25, np.nan]))
+    member.metrics.committed(replace(work, adapted=moved), Outcome.COMMITTED)
+
+    assert member.value("score_change_count") == 3.0
+    assert member.value("score_change_sum") == 0.5
+
+
 def test_scores_of_zero_one_and_nan_leave_the_sums_finite(member: Member) -> None:
     member.metrics.committed(work_of([0.0, 1.0, np.nan, 0.5], [1, 0, 1, 1]), Outcome.COMMITTED)
 
@@ -413,7 +531,7 @@ def test_figures_of_nothing_are_nan() -> None:
 # Size and cost
 
 
-def test_cardinality_is_what_the_table_says_and_two_for_each_partition(member: Member) -> None:
+def test_cardinality_is_what_the_table_says_and_three_for_each_partition(member: Member) -> None:
     fixed = sum(len(f.combinations()) * _samples_of_a_series(f) for f in FAMILIES if not f.is_open)
     for batch in range(20):
         score, frozen, target = sample_events(500, seed=batch)
@@ -422,7 +540,8 @@ def test_cardinality_is_what_the_table_says_and_two_for_each_partition(member: M
 
     samples = [s for family in member.metrics.collect() for s in family.samples]
 
-    assert len(samples) == fixed + 2 + 2 * 2  # model and build; lag and position of two partitions
+    # Model and build; lag and position of two partitions, and the first one's lag in seconds.
+    assert len(samples) == fixed + 2 + 2 * 2 + 1
     assert fixed < 1000
 
 
@@ -508,6 +627,7 @@ def test_promql_over_three_members_finds_the_exact_figures(tmp_path: Path) -> No
     for each, (score, frozen, target) in zip(members, events, strict=True):
         each.metrics.stage("adapt", 0.5)
         each.metrics.committed(work_of(score, target, frozen=frozen, reasons=("not_json",)), Outcome.COMMITTED)
+        each.clock.now += 1
         each.metrics.tick(FakeConsumer({0: 1}), shards(0))
     series = [
         f"  - series: '{_with_instance(name, k)}'\n    values: '{before[k].get(name, value)} {value}'"

@@ -157,6 +157,17 @@ def test_an_aborted_batch_is_done_again_and_ends_as_if_nothing_had_happened() ->
     assert [log.rewinds for log in logs] == [0, 2]
 
 
+def test_who_watches_is_told_the_changelog_records_of_each_commit_and_of_no_abort() -> None:
+    log, broker = Log([record(n, f"u{n % 7}") for n in range(40)]), Broker([Outcome.ABORTED, Outcome.COMMITTED])
+    runner, _, seen = build(log, broker, max_batch=20, stop_after_events=40)
+    runner.run(Shutdown())
+
+    told = [dict(zip(block.keys, block.values, strict=True)) for work in seen.works for block in work.rows]
+
+    assert {key for rows in broker.rows for key in rows} == {key for rows in told for key in rows}
+    assert sum(map(len, broker.rows)) == sum(map(len, told))
+
+
 def test_an_error_in_a_commit_leaves_the_rows_of_the_last_one() -> None:
     log = Log([record(n) for n in range(20)])
     runner, adapter, _ = build(log, Broker([Outcome.COMMITTED, RuntimeError("broker gone")]), max_batch=10)
