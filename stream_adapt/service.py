@@ -12,8 +12,8 @@ from typing import Any
 
 import msgspec
 import structlog
-from confluent_kafka import KafkaException, TopicCollection
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import KafkaError
+from confluent_kafka.admin import AdminClient, ResourceType  # type: ignore[attr-defined]
 from prometheus_client import CollectorRegistry
 
 from stream_adapt.adapt import Adapter
@@ -27,9 +27,10 @@ from stream_adapt.health import Health, HealthServer
 from stream_adapt.kafka import clients, properties
 from stream_adapt.kafka.changelog import ChangelogReader, check_changelog
 from stream_adapt.kafka.consumer import InputConsumer, RebalanceListener
-from stream_adapt.kafka.errors import describe, kafka_error
+from stream_adapt.kafka.errors import describe
+from stream_adapt.kafka.permissions import group_operations, missing, of_member, to_do
 from stream_adapt.kafka.producer import OutputProducer
-from stream_adapt.kafka.topics import TopicSpec, product_topics
+from stream_adapt.kafka.topics import Described, TopicSpec, describe_by_name, product_topics
 from stream_adapt.learner.feedback import Feedback
 from stream_adapt.learner.rules.events import Screen
 from stream_adapt.metrics import Metrics
@@ -49,7 +50,6 @@ log = structlog.get_logger(__name__)
 _DEADLINE_TIMEOUTS = 2
 #: Two fencings within this many transaction timeouts: another live instance (reliability rule 6).
 _FENCE_TIMEOUTS = 3
-_ADMIN_TIMEOUT_S = 15.0
 
 
 class Finished(msgspec.Struct):
@@ -311,9 +311,9 @@ def check_topics(config: Config, row_bytes: int) -> str:
             answers.
     """
     topics = config.topic_names
-    admin = clients.admin(properties.common(config))
-    found = describe_topics(admin, config)
-    events, changelog = found[topics.events], found[topics.changelog]
+    admin = clients.reached_admin(properties.common(config))
+    described = _described(admin, config)
+    events, changelog = described.topics[topics.events], described.topics[topics.changelog]
     if len(events.partitions) != len(changelog.partitions):
         raise KafkaRefused(
             f"{topics.events} has {len(events.partitions)} partitions and {topics.changelog} has "
@@ -321,8 +321,25 @@ def check_topics(config: Config, row_bytes: int) -> str:
             f"were added to {topics.events}, users have moved to other shards and their rows have not: start anew with "
             "an app.name and topics of its own; if the changelog was made by hand, make it with as many partitions"
         )
+    _require_permissions(admin, config, described)
     check_changelog(admin, topics.changelog, row_bytes)
     return str(events.topic_id)
+
+
+def _require_permissions(admin: AdminClient, config: Config, described: Described) -> None:
+    """Before anything is read: a member that may not write would find out in the middle of its first transaction.
+
+    Raises:
+        KafkaRefused: names every permission that is missing, as far as brokers tell: of transactional ids they do not.
+    """
+    allowed = dict(described.allowed)
+    of_group = group_operations(admin, config.group_id)
+    if of_group is not None:
+        allowed[ResourceType.GROUP, config.group_id] = of_group
+    needed = of_member(config.topic_names, config.group_id, None)
+    lacking = [one for one in missing(needed, allowed) if one.required]
+    if lacking:
+        raise KafkaRefused(f"{config.kafka.bootstrap_servers}: permissions are missing. To do: {to_do(lacking)}")
 
 
 def describe_topics(admin: AdminClient, config: Config) -> dict[str, Any]:
@@ -331,19 +348,17 @@ def describe_topics(admin: AdminClient, config: Config) -> dict[str, Any]:
     Raises:
         KafkaRefused: a topic is missing or may not be described, or no broker answers.
     """
-    topics = config.topic_names
-    names = [topics.events, topics.scores, topics.dead_letters, topics.changelog]
-    futures = admin.describe_topics(TopicCollection(names), request_timeout=_ADMIN_TIMEOUT_S)
-    described = {}
-    for name, future in futures.items():
-        try:
-            described[name] = future.result()
-        except KafkaException as error:
-            found = kafka_error(error)
-            raise KafkaRefused(
-                f"{name}: {found and describe(found)} at {config.kafka.bootstrap_servers}. To do: "
-                "`stream-adapt topics create -c FILE`, or check kafka.bootstrap_servers and the principal's rights"
-            ) from error
-        finally:
-            clients.tell(admin)
+    return _described(admin, config).topics
+
+
+def _described(admin: AdminClient, config: Config) -> Described:
+    names = config.topic_names
+    described = describe_by_name(admin, [names.events, names.scores, names.dead_letters, names.changelog])
+    if any(error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED for error in described.errors.values()):
+        _require_permissions(admin, config, described)
+    for name, error in described.errors.items():
+        raise KafkaRefused(
+            f"{name}: {describe(error)} at {config.kafka.bootstrap_servers}. To do: `stream-adapt topics create -c "
+            "FILE`, or check kafka.bootstrap_servers and the principal's permissions"
+        )
     return described

@@ -2,6 +2,7 @@
 
 librdkafka writes to stderr in a form of its own unless it is given a logger; then its lines wait in a queue until the
 client is polled. An outage makes it repeat one line some twenty times a second: what is repeated is counted instead.
+A client that is given a `Gate` (access.py) also remembers why brokers turn it away.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import structlog
 from confluent_kafka import Consumer, Producer
 from confluent_kafka.admin import AdminClient
 
+from stream_adapt.kafka.access import Gate, reach
+
 log = structlog.get_logger(__name__)
 
 Settings = Mapping[str, Any]
@@ -24,19 +27,42 @@ Settings = Mapping[str, Any]
 REPEAT_S = 10.0
 
 
-def consumer(settings: Settings) -> Consumer:
+def consumer(settings: Settings, gate: Gate | None = None) -> Consumer:
     """A consumer; its lines come out when it polls."""
-    return Consumer(dict(settings), logger=LIBRDKAFKA)
+    return Consumer(_with(settings, gate), logger=LIBRDKAFKA)
 
 
-def producer(settings: Settings) -> Producer:
+def producer(settings: Settings, gate: Gate | None = None) -> Producer:
     """A producer; its lines come out when it polls or flushes."""
-    return Producer(dict(settings), logger=LIBRDKAFKA)
+    return Producer(_with(settings, gate), logger=LIBRDKAFKA)
 
 
-def admin(settings: Settings) -> AdminClient:
+def admin(settings: Settings, gate: Gate | None = None) -> AdminClient:
     """An admin client. It answers by futures and never polls by itself: `tell` after a call."""
-    return AdminClient(dict(settings), logger=LIBRDKAFKA)
+    return AdminClient(_with(settings, gate), logger=LIBRDKAFKA)
+
+
+def reached_admin(settings: Settings, timeout_s: float = 15.0) -> AdminClient:
+    """An admin client that a broker has answered.
+
+    Raises:
+        KafkaRefused: none did, or they turn us away; says why.
+    """
+    gate = Gate(settings)
+    made = admin(settings, gate)
+
+    def ask(seconds: float) -> None:
+        made.describe_cluster(request_timeout=seconds).result()
+
+    try:
+        reach(ask, made, gate, timeout_s)
+    finally:
+        tell(made)
+    return made
+
+
+def _with(settings: Settings, gate: Gate | None) -> dict[str, Any]:
+    return {**settings, "error_cb": gate.noted} if gate is not None else dict(settings)
 
 
 def tell(client: AdminClient) -> None:
