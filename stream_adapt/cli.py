@@ -128,6 +128,28 @@ def topics_create(config_path: Path | None, as_json: bool) -> None:
         sys.exit(KafkaRefused.exit_code)
 
 
+@topics.command("check")
+@_config_option
+@_json_option
+def topics_check(config_path: Path | None, as_json: bool) -> None:
+    """Look at what is on Kafka's side, and say what is not as it should be: topics, settings, permissions, features.
+
+    Changes nothing, and disturbs no member. Each line is ok, a warning or an error, with what to do. Exit code 3 if
+    anything is an error. Permissions on transactional ids are not told by brokers: a member finds out when it starts.
+    """
+    from stream_adapt.kafka.audit import audit
+    from stream_adapt.service import topic_specs
+
+    settings = _settings(config_path)
+    findings = audit(settings, topic_specs(settings))
+    ok = not any(finding.level == "error" for finding in findings)
+    _print({"ok": ok, "findings": findings}, as_json)
+    for finding in findings:
+        click.echo(str(finding), err=as_json)
+    if not ok:
+        sys.exit(KafkaRefused.exit_code)
+
+
 @cli.group()
 def state() -> None:
     """What members have learned: the rows of users and items."""

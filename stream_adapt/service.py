@@ -140,7 +140,11 @@ def serve(config: Config, shutdown: Shutdown, observe: Callable[[Pipeline], Obse
     quarantine = Quarantine(config.state_dir, f"{topics.events}/{topic_id}", config.input.crashes_before_quarantine)
     pipeline.decoder.quarantined = quarantine.condemned
     consumer = InputConsumer(properties.consumer(config), topics.events, start=config.input.start, listener=listener)
-    delivery = build_delivery(config, consumer)
+    try:
+        delivery = build_delivery(config, consumer)
+    except BaseException:
+        consumer.close()  # a client that is in a group does not end by itself
+        raise
     runner = Runner(
         consumer,
         pipeline,
@@ -348,7 +352,7 @@ def describe_topics(admin: AdminClient, config: Config) -> dict[str, Any]:
     Raises:
         KafkaRefused: a topic is missing or may not be described, or no broker answers.
     """
-    return _described(admin, config).topics
+    return dict(_described(admin, config).topics)
 
 
 def _described(admin: AdminClient, config: Config) -> Described:

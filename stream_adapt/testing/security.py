@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -24,9 +25,11 @@ from typing import Any, TypeVar
 from confluent_kafka.admin import (  # type: ignore[attr-defined]
     AclBinding,
     AclBindingFilter,
+    AclOperation,
     AclPermissionType,
     AdminClient,
     ResourcePatternType,
+    ResourceType,
     ScramCredentialInfo,
     ScramMechanism,
     UserScramCredentialUpsertion,
@@ -122,16 +125,38 @@ class SecuredKafka:
 
     def allow(self, principal: str, permissions: Iterable[Permission]) -> None:
         """From now on."""
-        self._await(self._admin.create_acls([_binding(AclBinding, principal, one) for one in permissions]))
+        wanted = [_binding(AclBinding, principal, one) for one in permissions]
+        self._await(self._admin.create_acls(wanted))
+        self._until(lambda known: known >= set(wanted))
 
-    def forbid(self, principal: str, permissions: Iterable[Permission]) -> None:
+    def forbid(self, principal: str, permissions: Collection[Permission]) -> None:
         """What was allowed, no longer."""
         filters = [_binding(AclBindingFilter, principal, one) for one in permissions]
         self._await(self._admin.delete_acls(filters))
+        gone = {_binding(AclBinding, principal, one) for one in permissions}
+        self._until(lambda known: not known & gone)
 
     def _await(self, futures: Mapping[Any, Future[Any]]) -> None:
         for done in futures.values():
             done.result(_REQUEST_TIMEOUT_S)
+
+    def _until(self, holds: Callable[[set[AclBinding]], bool]) -> None:
+        """What the controller has written, the broker learns a moment later."""
+        anything: Any = None
+        every = AclBindingFilter(
+            ResourceType.ANY,
+            anything,
+            ResourcePatternType.ANY,
+            anything,
+            anything,
+            AclOperation.ANY,
+            AclPermissionType.ANY,
+        )
+        deadline = time.monotonic() + _REQUEST_TIMEOUT_S
+        while not holds(set(self._admin.describe_acls(every).result(_REQUEST_TIMEOUT_S))):
+            if time.monotonic() > deadline:
+                raise TimeoutError("the broker does not take its permissions")
+            time.sleep(0.02)
 
     def by_password(self, user: str, password: Any) -> dict[str, Any]:
         """librdkafka properties of a client of the SASL listener."""
