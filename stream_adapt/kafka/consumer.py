@@ -258,13 +258,14 @@ class InputConsumer:
         log.warning("partitions lost", topic=self.topic, partitions=[tp.partition for tp in partitions])
 
     def _forget(self, partitions: list[TopicPartition]) -> None:
-        numbers = [tp.partition for tp in partitions]
+        numbers = [tp.partition for tp in partitions if tp.partition in self.positions.next_offsets]
         for partition in numbers:
-            self.positions.next_offsets.pop(partition, None)
+            del self.positions.next_offsets[partition]
             self._ends.pop(partition, None)
             self.positions.uncommitted_start.discard(partition)
             self.paused.discard(partition)
-        self._listener.revoked(numbers)
+        if numbers:  # none, where a member that is told to stop while it joins is given partitions first
+            self._listener.revoked(numbers)
 
     def _report(self, message: Message) -> None:
         error = message.error()
