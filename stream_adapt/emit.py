@@ -64,6 +64,14 @@ class Emitter:
         self._target = {NO_LEVEL: None, **{level: int(level >= target_level) for level in levels}}
         self._now_ms = now_ms
 
+    def prove(self) -> None:
+        """Makes sure that what will be written can be, before anything is read.
+
+        Raises:
+            RegistryRefused, RegistryUnreachable: the schema registry does not take, or does not have, its schemas.
+        """
+        self._codec.prove()
+
     def scores(self, batch: Batch, adapted: Adapted) -> Outputs:
         """One score for each of n events, keyed by user like the event itself."""
         partitions, offsets = batch.partitions.tolist(), batch.offsets.tolist()

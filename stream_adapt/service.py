@@ -23,6 +23,7 @@ from stream_adapt.config import Config
 from stream_adapt.decode import Decoder, Limits
 from stream_adapt.emit import Emitter
 from stream_adapt.errors import ConfigError, KafkaRefused, StateFull
+from stream_adapt.formats import Formats
 from stream_adapt.health import Health, HealthServer
 from stream_adapt.kafka import clients, properties
 from stream_adapt.kafka.changelog import ChangelogReader, check_changelog
@@ -131,6 +132,7 @@ def serve(config: Config, shutdown: Shutdown, observe: Callable[[Pipeline], Obse
     topics = config.topic_names
     pipeline = build_pipeline(config, served_model(config), topics)
     pipeline.adapter.warm_up()
+    pipeline.emitter.prove()
     topic_id = check_topics(config, _longest_row(pipeline))
     observer = observe(pipeline)
     pipeline.timer = observer.stage
@@ -204,10 +206,11 @@ def _agreed_feedback(raw: object, trained: Feedback) -> Feedback:
 def build_pipeline(config: Config, model: Model, topics: TopicNames) -> Pipeline:
     """Decoder, adapter and emitter for one model."""
     limits = Limits(config.input.max_bytes, config.input.max_future_s, config.input.check_key)
+    formats = Formats.of(config)
     return Pipeline(
-        Decoder(model.spec.features, model.spec.feedback, limits),
+        Decoder(model.spec.features, model.spec.feedback, limits, codec=formats.input),
         Adapter(model, config.model.device, screen_of(config), folder=rows_folder(config), ttl_s=config.state.ttl_s),
-        Emitter(topics, model.version, model.spec.feedback.target_level),
+        Emitter(topics, model.version, model.spec.feedback.target_level, codec=formats.output),
         late_is_dead=config.input.late == "dead_letter",
     )
 

@@ -44,6 +44,9 @@ class InputCodec(Protocol):
 class OutputCodec(Protocol):
     """Writes and reads values of the scores topic."""
 
+    def prove(self) -> None:
+        """Makes sure that records can be written, before any is."""
+
     def score(self, score: Score) -> bytes:
         """A score as it is written."""
 
@@ -63,3 +66,6 @@ class JsonOutput:
         self.receipt = encode
         self.erase = encode
         self.read_receipt = msgspec.json.Decoder(Receipt).decode
+
+    def prove(self) -> None:
+        """They can."""

@@ -103,14 +103,14 @@ class _Writer:
         self.subject = f"{topic}-{_NAMESPACE}.{SCHEMAS[name]['name']}"
 
     def __call__(self, record: msgspec.Struct) -> bytes:
-        return self._serialize(msgspec.structs.asdict(record), self._context)  # type: ignore[no-any-return,arg-type]
+        return self._serialize(msgspec.structs.asdict(record), self._context)  # type: ignore[no-any-return]
 
     def prove(self, example: msgspec.Struct) -> None:
         """Registers the schema, or finds it."""
         if self._registry.insist(lambda: self(example)) is None:
             raise RegistryRefused(
                 f"{self._registry.url}: subject {self.subject} is not there. To do: register schemas/, or set "
-                "registry.register"
+                "registry.register_schemas"
             )
 
 
@@ -177,9 +177,8 @@ class AvroOutput:
         Raises:
             RegistryRefused, RegistryUnreachable: see registry.py.
         """
-        user = UserId("u")
-        self.score.prove(SCORE)
-        self.receipt.prove(Receipt("e", user, (), False, 0, 0, "t", 0, 0))
+        self.score.prove(_SCORE)
+        self.receipt.prove(_RECEIPT)
 
     def read_receipt(self, value: bytes) -> Receipt:
         """A receipt as it was written."""
@@ -187,8 +186,9 @@ class AvroOutput:
         return msgspec.convert(self._read(value), Receipt)
 
 
-#: An example, to have the schema registered.
-SCORE = msgspec.convert(
+#: Examples, to have the schemas registered.
+_RECEIPT = Receipt("e", UserId("u"), (), False, 0, 0, "t", 0, 0)
+_SCORE = msgspec.convert(
     {
         "event_id": "e", "user_id": "u", "item_id": "i", "score": 0.5, "frozen_score": 0.5, "updated_score": 0.5,
         "level": None, "target": None, "uncertainty": 0.0, "model_version": "v", "adaptations": 0, "flags": (),

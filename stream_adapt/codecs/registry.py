@@ -117,9 +117,7 @@ class Registry:
                 return None
             if status == _BUSY or status >= 500:
                 raise RegistryUnreachable(f"{self.url}: {error}") from error
-            hint = (
-                "registry.properties (credentials)" if status in _DENIED else "registry.register, the subject's rules"
-            )
+            hint = "registry.properties" if status in _DENIED else "registry.register_schemas and the subject's rules"
             raise RegistryRefused(f"{self.url}: {error}. To do: check {hint}") from error
         except OSError as error:
             raise RegistryUnreachable(f"{self.url}: {error}") from error

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from confluent_kafka import KafkaError, KafkaException
 from confluent_kafka.admin import AclOperation, AdminClient, ResourceType  # type: ignore[attr-defined]
@@ -49,6 +49,30 @@ class Permission:
         """Whether operations that are allowed on the resource contain or imply this one."""
         enough = {self.operation, AclOperation.ALL, *_IMPLIED.get(self.operation, ())}
         return not enough.isdisjoint(allowed)
+
+
+def of_commands(app: str, topics: TopicNames, group: str) -> dict[str, tuple[Permission, ...]]:
+    """What the other commands need on top of what a member does; those that are not named need nothing."""
+    topic, transactions, write = ResourceType.TOPIC, ResourceType.TRANSACTIONAL_ID, AclOperation.WRITE
+    every = [getattr(topics, field.name) for field in fields(topics)]
+    repairing = (Permission(write, transactions, f"{app}.$state"),)
+    return {
+        "topics create": tuple(Permission(AclOperation.CREATE, topic, name) for name in every),
+        "topics check": tuple(Permission(AclOperation.DESCRIBE_CONFIGS, topic, name) for name in every),
+        "state reset": repairing,
+        "state accept-offset": repairing,
+        "state erase": (
+            Permission(write, topic, topics.events),
+            Permission(AclOperation.READ, topic, topics.scores),
+        ),
+        "dead-letters list": (Permission(AclOperation.READ, topic, topics.dead_letters),),
+        "dead-letters replay": (
+            Permission(AclOperation.READ, topic, topics.dead_letters),
+            Permission(write, topic, topics.events),
+            Permission(AclOperation.READ, ResourceType.GROUP, f"{group}.dead-letters-replay"),
+            Permission(write, transactions, f"{app}.dead-letters-replay"),
+        ),
+    }
 
 
 def to_do(permissions: Collection[Permission]) -> str:

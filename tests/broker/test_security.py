@@ -17,7 +17,7 @@ from confluent_kafka.admin import AclOperation, ResourceType
 
 from stream_adapt import cli
 from stream_adapt.config import load
-from stream_adapt.kafka.permissions import Permission, of_member
+from stream_adapt.kafka.permissions import Permission, of_commands, of_member
 from stream_adapt.kafka.topics import create_topics
 from stream_adapt.models import LearnerSpec
 from stream_adapt.record import TopicNames
@@ -204,6 +204,31 @@ def test_every_permission_that_a_member_lacks_is_named_and_nothing_is_lost(secur
     code, said = secured.member(config, "--stop-after", "10")
     assert (0, True) == (code, "grant DescribeConfigs" in said), said
     assert 10 == len({score["event_id"] for score in secured.app.scores()})
+
+
+#: Every command that talks to Kafka, but `run`.
+OTHERS = (
+    "topics create",
+    "topics check",
+    "state show u",
+    "state accept-offset --use group --yes",
+    "state reset --yes",
+    "state erase u",
+    "dead-letters list",
+    "dead-letters replay --yes",
+)
+
+
+def test_other_commands_run_with_the_permissions_that_are_documented(secured: Secured) -> None:
+    config, name = secured.by_password(), secured.app.name
+    extra = of_commands(name, TopicNames.of(name), name)
+    assert set(extra) <= {" ".join(command.split()[:2]) for command in OTHERS}
+    for command in OTHERS:
+        permissions = extra.get(" ".join(command.split()[:2]), ())
+        secured.kafka.allow(secured.principal, permissions)
+        done = secured.run(*command.split(), config=config)
+        assert (0, None) == (done.exit_code, done.exception), (command, done.output)
+        secured.kafka.forbid(secured.principal, [one for one in permissions if one not in secured.permissions])
 
 
 def test_a_permission_that_is_withdrawn_ends_a_member_that_runs(secured: Secured) -> None:

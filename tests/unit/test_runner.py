@@ -16,6 +16,7 @@ from stream_adapt.adapt import Adapter
 from stream_adapt.commit import Outcome
 from stream_adapt.decode import Decoder
 from stream_adapt.emit import Emitter
+from stream_adapt.errors import RegistryUnreachable
 from stream_adapt.kafka.consumer import Positions
 from stream_adapt.pipeline import Pipeline
 from stream_adapt.record import Outputs, RawBatch, TopicNames, Work
@@ -151,6 +152,26 @@ def test_an_aborted_batch_is_done_again_and_ends_as_if_nothing_had_happened() ->
     assert (calm.outputs, calm.rows) == (stormy.outputs, stormy.rows)
     assert ends[0] == ends[1]
     assert [log.rewinds for log in logs] == [0, 2]
+
+
+def test_a_registry_that_is_away_is_waited_for_before_a_transaction_begins() -> None:
+    log, broker, pauses = Log([record(n) for n in range(20)]), Broker(), []
+    runner, _, seen = build(log, broker)
+    runner._sleep = pauses.append
+    prepare, away = runner._pipeline.prepare, iter([True, True, False])
+
+    def prepared(raw: RawBatch) -> None:
+        if next(away):
+            raise RegistryUnreachable("nobody answers")
+        prepare(raw)
+
+    runner._pipeline.prepare = prepared  # type: ignore[method-assign]
+    runner.turn()
+    runner.turn()
+    assert ([], 2, 0) == (broker.commits, log.rewinds, seen.aborts)
+    assert pauses[0] < pauses[1]
+    runner.turn()
+    assert ([{0: 20}], 20) == (broker.commits, len(broker.outputs))
 
 
 def test_an_error_in_a_commit_leaves_the_rows_of_the_last_one() -> None:
