@@ -16,6 +16,7 @@ Around it:
 
     learner/  state/  models        encoder, feedback and rules; rows and overlay; slow weights on disk
     meta/  pretraining  datasets/   from a log of events to a model
+    codecs/  formats                records in JSON and Avro, and which of them are configured
     kafka/  errors                  consumer, producer, topics, a broker to try things on; what can go wrong
     repair                          when rows and offsets do not belong together: `stream-adapt state …`
     breaker  quarantine             when too much is refused; when a record kills the process

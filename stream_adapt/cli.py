@@ -685,6 +685,22 @@ def bench_step(as_json: bool) -> None:
             click.echo(f"{rule:<20} {cost.us_per_event:.2f} us an event, {cost.row_bytes} bytes a user's row")
 
 
+@bench.command("formats")
+@_json_option
+def bench_formats(as_json: bool) -> None:
+    """Microseconds that reading an event and writing a score cost in each format. Needs the extra `registry`."""
+    from stream_adapt.bench_formats import format_cost
+
+    costs = format_cost()
+    _print(costs, as_json)
+    if not as_json:
+        for name, cost in costs.items():
+            click.echo(
+                f"{name:<6} decode {cost.decode_us:.2f} us, emit {cost.emit_us:.2f} us; "
+                f"{cost.event_bytes:.0f} bytes an event, {cost.score_bytes:.0f} a score"
+            )
+
+
 @bench.command("scale")
 @click.option("--users", default=1_000_000, show_default=True, type=click.IntRange(min=1), help="Rows to start.")
 @click.option("--events", default=500_000, show_default=True, type=click.IntRange(min=1), help="Of each traffic.")

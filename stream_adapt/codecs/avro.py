@@ -142,6 +142,7 @@ class AvroInput:
         self._registry = registry
         self._topic = topic
         self._read = _Reader(registry)
+        self._write: _Writer | None = None
 
     def prepare(self, values: Iterable[bytes | None]) -> None:
         """Learns the schema ids of these."""
@@ -159,7 +160,8 @@ class AvroInput:
 
     def event(self, event: UserEvent) -> bytes:
         """An event, as a producer would write it; for tests and tools."""
-        return _Writer(self._registry, self._topic, "event-v1")(event)
+        self._write = self._write or _Writer(self._registry, self._topic, "event-v1")
+        return self._write(msgspec.structs.replace(event, features=event.features or None))
 
 
 class AvroOutput:

@@ -29,6 +29,9 @@ from stream_adapt.testing.security import Authority, SecuredKafka, secured_kafka
 pytestmark = pytest.mark.broker
 
 PASSWORD = "canary-password-7c1d"
+PARTITIONS = 2
+#: A member that says why it ends does so within seconds, on a machine that has them.
+EXIT_TIMEOUT_S = 150.0
 KEY_PASSWORD = "canary-passphrase-90ab"
 
 
@@ -51,7 +54,8 @@ class Secured:
         return of_member(TopicNames.of(self.app.name), self.app.name, f"{self.app.name}.0")
 
     def config(self, properties: dict[str, Any], servers: str, **sections: Any) -> Path:
-        return self.app.config(kafka={"bootstrap_servers": servers, "properties": properties}, **sections)
+        kafka = {"bootstrap_servers": servers, "properties": properties}
+        return self.app.config(kafka=kafka, topics={"partitions": PARTITIONS}, **sections)
 
     def by_password(self, **changes: Any) -> Path:
         (self.app.folder / "password").write_text(PASSWORD)
@@ -72,7 +76,7 @@ class Secured:
     def member(self, config: Path, *words: str) -> tuple[int, str]:
         """`stream-adapt run` as a process until it ends: exit code, and what it said."""
         process = self.app.start(*words, config=config)
-        code = process.wait(60)
+        code = process.wait(EXIT_TIMEOUT_S)
         return code, config.with_suffix(".log").read_text()
 
 
@@ -80,9 +84,9 @@ class Secured:
 def secured(kafka: SecuredKafka, tmp_path: Path) -> Iterator[Secured]:
     """An application whose principal may do what a member needs, and nothing else."""
     name = f"app-{uuid.uuid4().hex[:8]}"
-    app = App(name, RunningBroker(kafka.admin_servers, "embedded"), tmp_path, 2)
+    app = App(name, RunningBroker(kafka.admin_servers, "embedded"), tmp_path, PARTITIONS)
     random_model(tmp_path / "models", LearnerSpec(feedback=STARS), ITEMS)
-    specs = topic_specs(load(app.config(topics={"partitions": 2}), {}).config)
+    specs = topic_specs(load(app.config(topics={"partitions": PARTITIONS}), {}).config)
     create_topics({"bootstrap.servers": kafka.admin_servers}, specs)
     kafka.add_user(name, PASSWORD)
     made = Secured(app, kafka, name)
@@ -239,7 +243,7 @@ def test_a_permission_that_is_withdrawn_ends_a_member_that_runs(secured: Secured
     (write,) = [one for one in secured.permissions if one.name == secured.app.scores_topic]
     secured.kafka.forbid(secured.principal, [write])
     secured.produce(10)
-    code = process.wait(60)
+    code = process.wait(EXIT_TIMEOUT_S)
     said = config.with_suffix(".log").read_text()
     assert (3, True) == (code, f"{write}" in said.partition("grant this principal")[2]), said
     assert 10 == len(secured.app.scores())
