@@ -162,6 +162,28 @@ def topics_create(config_path: Path | None, as_json: bool) -> None:
         sys.exit(KafkaRefused.exit_code)
 
 
+@topics.command("check")
+@_config_option
+@_json_option
+def topics_check(config_path: Path | None, as_json: bool) -> None:
+    """Look at what is on Kafka's side, and say what is not as it should be: topics, settings, permissions, features.
+
+    Changes nothing, and disturbs no member. Each line is ok, a warning or an error, with what to do. Exit code 3 if
+    anything is an error. Permissions on transactional ids are not told by brokers: a member finds out when it starts.
+    """
+    from stream_adapt.kafka.audit import audit
+    from stream_adapt.service import topic_specs
+
+    settings = _settings(config_path)
+    findings = audit(settings, topic_specs(settings))
+    ok = not any(finding.level == "error" for finding in findings)
+    _print({"ok": ok, "findings": findings}, as_json)
+    for finding in findings:
+        click.echo(str(finding), err=as_json)
+    if not ok:
+        sys.exit(KafkaRefused.exit_code)
+
+
 @cli.group()
 def state() -> None:
     """What members have learned: the rows of users and items."""
@@ -779,6 +801,22 @@ def bench_step(as_json: bool) -> None:
     if not as_json:
         for rule, cost in costs.items():
             click.echo(f"{rule:<20} {cost.us_per_event:.2f} us an event, {cost.row_bytes} bytes a user's row")
+
+
+@bench.command("formats")
+@_json_option
+def bench_formats(as_json: bool) -> None:
+    """Microseconds that reading an event and writing a score cost in each format. Needs the extra `registry`."""
+    from stream_adapt.bench_formats import format_cost
+
+    costs = format_cost()
+    _print(costs, as_json)
+    if not as_json:
+        for name, cost in costs.items():
+            click.echo(
+                f"{name:<6} decode {cost.decode_us:.2f} us, emit {cost.emit_us:.2f} us; "
+                f"{cost.event_bytes:.0f} bytes an event, {cost.score_bytes:.0f} a score"
+            )
 
 
 @bench.command("scale")

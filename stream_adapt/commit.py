@@ -15,6 +15,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
+from contextlib import suppress
 from enum import Enum
 from typing import Protocol
 
@@ -25,7 +26,15 @@ from stream_adapt.errors import Fenced, KafkaRefused
 from stream_adapt.kafka import clients
 from stream_adapt.kafka.consumer import generation
 from stream_adapt.kafka.errors import describe, kafka_error
-from stream_adapt.kafka.producer import Abort, FencedOff, Lost, OutputProducer, ProducerError, Undeliverable
+from stream_adapt.kafka.producer import (
+    Abort,
+    FencedOff,
+    Forbidden,
+    Lost,
+    OutputProducer,
+    ProducerError,
+    Undeliverable,
+)
 from stream_adapt.record import NO_SOURCE, Outputs, Source
 
 log = structlog.get_logger(__name__)
@@ -130,7 +139,7 @@ class ExactlyOnce:
 
         Raises:
             Fenced: another instance took our transactional.id twice in a row.
-            KafkaRefused: no producer can be had.
+            KafkaRefused: no producer can be had, or a permission is missing.
         """
         try:
             # 1. A producer that no delayed request can reach.
@@ -149,6 +158,10 @@ class ExactlyOnce:
         except Lost as error:
             # 6. Only the broker knows.
             return self._recover(error, next_offsets)
+        except Forbidden as error:
+            with suppress(ProducerError):
+                self._producer.abort()
+            raise KafkaRefused(str(error)) from error
         self._refusals.forget(next_offsets, self._producer)
         return Outcome.COMMITTED
 
@@ -229,6 +242,8 @@ class ExactlyOnce:
         except FencedOff as error:
             self._note_fencing(error)
             return self._build()
+        except Forbidden as error:
+            raise KafkaRefused(str(error)) from error
         except ProducerError as error:
             raise KafkaRefused(
                 f"no producer with transactional.id {self._id!r}: {error}. To do: check that the brokers are up, that "
@@ -257,6 +272,8 @@ class AtLeastOnce:
                 self._producer.send(block)
             self._producer.flush()
             self._group.commit(next_offsets)
+        except Forbidden as error:
+            raise KafkaRefused(str(error)) from error
         except (ProducerError, KafkaException) as error:
             return self._failed(error)
         self._refusals.forget(next_offsets, self._producer)

@@ -48,7 +48,7 @@ OWNED_PROPERTIES = {
     "enable.partition.eof": "owned by the consumer",
 }
 #: Parts of a property's name that mark its value as a secret.
-_SECRET_PARTS = ("password", "passphrase", "secret", "key.pem", "oauthbearer.config", "hash_key")
+_SECRET_PARTS = ("password", "passphrase", "secret", "key.pem", "oauthbearer.config", "hash_key", "user.info")
 #: Keys below `kafka:` that hold librdkafka properties.
 _PASSED_THROUGH = ("properties", "consumer", "producer")
 #: Parameters of detectors that are fed means of groups, in deviations of a reference (benchmarks/drift.md).
@@ -56,6 +56,16 @@ _FOR_GROUPS: dict[str, dict[str, Any]] = {
     "PageHinkley": {"min_instances": 1, "delta": 0.75, "threshold": 10.0, "mode": "up"},
     "ADWIN": {"clock": 1},  # a look at each group: River's 32 are for single events
 }
+
+
+def _references(properties: dict[str, Any]) -> dict[str, Any]:
+    for name, item in properties.items():
+        if isinstance(item, Mapping):
+            if set(item) not in ({"env"}, {"file"}) or not isinstance(next(iter(item.values())), str):
+                raise ValueError(f"{name}: a number, a string, {{env: NAME}} or {{file: PATH}}")
+        elif _is_secret(name):
+            raise ValueError(f"{name} is a secret: give it as {{env: NAME}} or {{file: PATH}}")
+    return properties
 
 
 class _Section(BaseModel):
@@ -101,13 +111,7 @@ class KafkaSection(_Section):
     @field_validator("properties", "consumer", "producer")
     @classmethod
     def _secrets_are_references(cls, value: dict[str, Any]) -> dict[str, Any]:
-        for name, item in value.items():
-            if isinstance(item, Mapping):
-                if set(item) not in ({"env"}, {"file"}) or not isinstance(next(iter(item.values())), str):
-                    raise ValueError(f"{name}: a number, a string, {{env: NAME}} or {{file: PATH}}")
-            elif _is_secret(name):
-                raise ValueError(f"{name} is a secret: give it as {{env: NAME}} or {{file: PATH}}")
-        return value
+        return _references(value)
 
 
 class TopicsSection(_Section):
@@ -148,10 +152,46 @@ class InputSection(_Section):
         2, ge=1, le=100, description="A record at which the process died so often, handled alone, is a dead letter."
     )
     latency_ms: Positive = Field(50, le=10_000, description="Longest wait for a batch to fill.")
+    format: Literal["json", "avro"] = Field(
+        "json", description="Of the events. avro: by registry.url; slower than JSON."
+    )
     feedback: dict[str, Any] | None = Field(
         None,
         description="Levels, target and mapping; the model's own if not set, and in agreement with them.",
     )
+
+
+class OutputSection(_Section):
+    """What is written."""
+
+    format: Literal["json", "avro"] = Field(
+        "json", description="Of scores and receipts. avro: by registry.url; slower than JSON."
+    )
+
+
+class RegistrySection(_Section):
+    """The schema registry, for formats other than JSON."""
+
+    url: str | None = Field(None, description="Several, comma-separated, are tried in order.")
+    properties: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Of confluent-kafka's client: ssl.ca.location and others. Secrets as {env: NAME} or {file: PATH}.",
+    )
+    register_schemas: bool = Field(
+        True, description="Whether the schemas of what is written may be registered; else they must be there."
+    )
+
+    @field_validator("properties")
+    @classmethod
+    def _secrets_are_references(cls, value: dict[str, Any]) -> dict[str, Any]:
+        return _references(value)
+
+    @field_validator("url")
+    @classmethod
+    def _no_password(cls, value: str | None) -> str | None:
+        if value is not None and "@" in value:
+            raise ValueError("without a password: give it as basic.auth.user.info in registry.properties")
+        return value
 
 
 class ModelSection(_Section):
@@ -310,6 +350,8 @@ class Config(_Section):
     kafka: KafkaSection = Field(default_factory=KafkaSection)
     topics: TopicsSection = Field(default_factory=TopicsSection)
     input: InputSection = Field(default_factory=InputSection)
+    output: OutputSection = Field(default_factory=OutputSection)
+    registry: RegistrySection = Field(default_factory=RegistrySection)
     model: ModelSection = Field(default_factory=ModelSection)
     state: StateSection = Field(default_factory=StateSection)
     delivery: Literal["exactly_once", "at_least_once"] = Field(
@@ -335,6 +377,13 @@ class Config(_Section):
             )
         if self.input.latency_ms * 2 >= kafka.transaction_timeout_ms:
             raise ValueError("input.latency_ms must be far below kafka.transaction_timeout_ms")
+        return self
+
+    @model_validator(mode="after")
+    def _formats_have_a_registry(self) -> Config:
+        for section, format_ in (("input", self.input.format), ("output", self.output.format)):
+            if format_ != "json" and self.registry.url is None:
+                raise ValueError(f"{section}.format={format_} needs registry.url")
         return self
 
     @model_validator(mode="after")

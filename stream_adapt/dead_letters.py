@@ -332,6 +332,7 @@ class Replayer:
             ConfigError: what would have to be remembered is too patchy; nothing of that transaction was written.
         """
         with TopicReader(self._settings, self._topic, self._group) as reader:
+            reader.partitions()  # is anybody there?
             producer = self._producer()  # first: ends what a run that died left open, before offsets are looked at
             memories = self._memories(reader)
             ranges = self._ranges(reader, memories)

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 import numpy as np
 
+from stream_adapt.codecs import InputCodec, NotDecoded
 from stream_adapt.learner.encoder import Feature, Interner, Vector, features_struct
 from stream_adapt.learner.feedback import Feedback
 from stream_adapt.record import ERASE, Batch, DeadLetter, Erasure, RawBatch, Source
@@ -48,6 +49,10 @@ REASONS = {
     "key_mismatch": "the key is not the user id (input.check_key)",
     "not_delivered": "the broker refused what this record led to for good",
     "late": "the event is older than its user's last one, by more than input.late_after_s (input.late: dead_letter)",
+    "not_framed": "the value does not begin with a schema id (input.format: avro, protobuf)",
+    "unknown_schema": "the schema registry does not know the value's schema id",
+    "incompatible_schema": "the schema that the value was written with is of another kind, or is no record",
+    "not_decodable": "the bytes are not what the value's schema says",
     "crash": "the process died each time it handled this record (input.crashes_before_quarantine)",
 }
 
@@ -70,8 +75,11 @@ class Decoder:
         feedback: Feedback,
         limits: Limits = Limits(),
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        codec: InputCodec | None = None,
     ) -> None:
+        """Nothing is decoded yet; without a codec values are JSON."""
         self._features = features
+        self._codec = codec
         self._feedback = feedback
         self._limits = limits
         self._now_ms = now_ms
@@ -114,12 +122,21 @@ class Decoder:
                         continue
                     features += self._features_of([event])
                 except Exception as error:  # noqa: BLE001 - whatever a record raises, it must not stop the stream
-                    dead.append(_dead_letter(raw, i, error, self._vectors))
+                    dead.append(self._dead_letter(raw, i, error))
                 else:
                     events.append(event)
                     types.append(event.event_type)
                     kept.append(i)
         return self._columns(raw, events, features, types, kept, erasures), dead
+
+    def prepare(self, raw: RawBatch) -> None:
+        """Fetches what is needed to decode these.
+
+        Raises:
+            RegistryUnreachable: not now.
+        """
+        if self._codec is not None:
+            self._codec.prepare(raw.values)
 
     def _choose_decoder(self) -> None:
         """Features are looked up by their bytes as long as that pays, else decoded with their event."""
@@ -147,6 +164,8 @@ class Decoder:
         try:
             if max(map(len, values)) > self._limits.max_bytes:  # type: ignore[arg-type]  # None: TypeError
                 return None
+            if self._codec is not None:
+                values = [*map(self._codec.to_json, values)]  # type: ignore[arg-type]
             events = [*map(self._decode, values)]
             features = self._features_of(events)
         except Exception:  # noqa: BLE001 - `_one` finds out which record it was, and why
@@ -170,12 +189,18 @@ class Decoder:
             raise _Refused("null_value", "a tombstone is not an event")
         if len(value) > limits.max_bytes:
             raise _Refused("too_large", f"{len(value)} bytes, the limit is {limits.max_bytes}")
-        event = self._event_or_erasure(value)
+        event = self._event_or_erasure(value if self._codec is None else self._codec.to_json(value))
         if limits.check_key and key != event.user_id.encode():
             raise _Refused("null_key" if key is None else "key_mismatch", _mismatch(key, event.user_id))
         if event.timestamp > latest_ms:
             raise _Refused("future_timestamp", f"timestamp={event.timestamp}, accepted up to {latest_ms}")
         return event
+
+    def _dead_letter(self, raw: RawBatch, i: int, error: Exception) -> DeadLetter:
+        if isinstance(error, (_Refused, NotDecoded)):
+            return dead_letter(raw, i, error.reason, error.detail)
+        written = (raw.values[i] or b"") if self._codec is None else b""  # what was made of it is valid UTF-8
+        return dead_letter(raw, i, _reason(written, error, self._vectors), f"{error}"[:500])
 
     def _event_or_erasure(self, value: bytes) -> Any:
         try:
@@ -260,15 +285,6 @@ class _Refused(Exception):
 
 def _mismatch(key: bytes | None, user_id: str) -> str:
     return f"key={(key or b'')[:80]!r}, user_id={user_id[:80]!r}"
-
-
-def _dead_letter(raw: RawBatch, i: int, error: Exception, vectors: frozenset[str]) -> DeadLetter:
-    value = raw.values[i]
-    if isinstance(error, _Refused):
-        reason, detail = error.reason, error.detail
-    else:
-        reason, detail = _reason(value or b"", error, vectors), f"{error}"[:500]
-    return dead_letter(raw, i, reason, detail)
 
 
 def dead_letter(raw: RawBatch, i: int, reason: str, detail: str) -> DeadLetter:

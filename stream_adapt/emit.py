@@ -10,10 +10,10 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from itertools import repeat
 
-import msgspec
 import numpy as np
 
 from stream_adapt import learning
+from stream_adapt.codecs import JsonOutput, OutputCodec
 from stream_adapt.learning import Summary
 from stream_adapt.record import (
     NO_LEVEL,
@@ -55,14 +55,24 @@ class Emitter:
         model_version: str,
         target_level: int,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        codec: OutputCodec | None = None,
     ) -> None:
+        """Nothing is encoded yet; without a codec outputs are JSON."""
+        self._codec = codec or JsonOutput()
         self._topics = topics
         self.model_version = model_version  # that scores name
         levels = range(np.iinfo(np.int8).max)
         self._level = {NO_LEVEL: None, **{level: level for level in levels}}
         self._target = {NO_LEVEL: None, **{level: int(level >= target_level) for level in levels}}
         self._now_ms = now_ms
-        self._encode = msgspec.json.Encoder().encode
+
+    def prove(self) -> None:
+        """Makes sure that what will be written can be, before anything is read.
+
+        Raises:
+            RegistryRefused, RegistryUnreachable: the schema registry does not take, or does not have, its schemas.
+        """
+        self._codec.prove()
 
     def scores(self, batch: Batch, adapted: Adapted) -> Outputs:
         """One score for each of n events, keyed by user like the event itself."""
@@ -89,7 +99,7 @@ class Emitter:
             offsets,
         )
         keys = [user_id.encode() for user_id in batch.user_ids]
-        return Outputs(self._topics.scores, keys, list(map(self._encode, rows)), None, partitions, offsets)
+        return Outputs(self._topics.scores, keys, list(map(self._codec.score, rows)), None, partitions, offsets)
 
     def receipts(self, batch: Batch, adapted: Adapted) -> Outputs:
         """One receipt for each erasure, keyed by user; a header tells it from a score."""
@@ -101,7 +111,7 @@ class Emitter:
         return Outputs(
             self._topics.scores,
             [e.user_id.encode() for e in batch.erasures],
-            list(map(self._encode, rows)),
+            list(map(self._codec.receipt, rows)),
             [[(SCHEMA_HEADER, b"receipt/v1")] for _ in rows],
             [e.partition for e in batch.erasures],
             [e.offset for e in batch.erasures],

@@ -13,13 +13,15 @@ from collections.abc import Callable, Iterable
 import msgspec
 from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
+from stream_adapt.codecs import OutputCodec
 from stream_adapt.config import Config
 from stream_adapt.emit import SCHEMA_HEADER
 from stream_adapt.errors import ConfigError, KafkaRefused
+from stream_adapt.formats import Formats
 from stream_adapt.kafka import clients, properties
 from stream_adapt.kafka.errors import describe, kafka_error
 from stream_adapt.kafka.reading import TopicReader
-from stream_adapt.record import ERASE, EraseRequest, Receipt, UserId
+from stream_adapt.record import ERASE, EraseRequest, UserId
 
 _FLUSH_S = 30.0
 
@@ -52,20 +54,22 @@ def erase(
     if not user:
         raise ConfigError("the user id is empty")
     settings, topic = properties.common(config), config.topic("events")
+    formats = Formats.of(config)
     with TopicReader(settings, config.topic("scores")) as scores:
         partitions = scores.partitions(topic)
         ends = {p: end for p, (_, end) in scores.ends(scores.partitions()).items()} if wait_s is not None else {}
         now_ms = time.time_ns() // 1_000_000
         request = EraseRequest(f"erase-{uuid.uuid4()}", UserId(user), ERASE, now_ms)
-        _write(clients.producer({**settings, "enable.idempotence": True}), topic, request, partitions)
+        value = formats.input.erase(request) if formats.input else msgspec.json.encode(request)
+        _write(clients.producer({**settings, "enable.idempotence": True}), topic, request, value, partitions)
         erased = Erased(request.event_id, partitions, [], [])
         if wait_s is not None:
             scores.assign(ends)
-            _wait(scores, erased, topic, time.monotonic() + wait_s, wait_s, progress)
+            _wait(scores, formats.output, erased, topic, time.monotonic() + wait_s, wait_s, progress)
     return erased
 
 
-def _write(producer: Producer, topic: str, request: EraseRequest, partitions: Iterable[int]) -> None:
+def _write(producer: Producer, topic: str, request: EraseRequest, value: bytes, partitions: Iterable[int]) -> None:
     refused: dict[int, str] = dict.fromkeys(partitions, "no answer")
 
     def delivered(error: KafkaError | None, message: Message) -> None:
@@ -74,7 +78,7 @@ def _write(producer: Producer, topic: str, request: EraseRequest, partitions: It
         else:
             refused[message.partition() or 0] = describe(error)
 
-    value, key = msgspec.json.encode(request), request.user_id.encode()
+    key = request.user_id.encode()
     try:
         for partition in partitions:
             producer.produce(topic, value, key, partition=partition, on_delivery=delivered)
@@ -88,6 +92,7 @@ def _write(producer: Producer, topic: str, request: EraseRequest, partitions: It
 
 def _wait(
     scores: TopicReader,
+    output: OutputCodec,
     erased: Erased,
     topic: str,
     deadline: float,
@@ -104,7 +109,7 @@ def _wait(
             )
         for message in scores.poll():
             if not message.error() and (SCHEMA_HEADER, b"receipt/v1") in (message.headers() or []):
-                receipt = msgspec.json.decode(message.value() or b"", type=Receipt)
+                receipt = output.read_receipt(message.value() or b"")
                 if receipt.event_id == erased.event_id and receipt.source_partition in missing:
                     missing.discard(receipt.source_partition)
                     erased.receipts = sorted({*erased.receipts, receipt.source_partition})

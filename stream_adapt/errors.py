@@ -7,6 +7,8 @@
     │       └── ModelUnfit           it cannot take the place of the one that rows are of
     ├── DataError            exit 2  a data set could not be had, or is not what it should be
     ├── KafkaRefused         exit 3  the broker said no, or cannot be reached: nothing was lost
+    ├── RegistryRefused      exit 3  the schema registry said no: nothing was lost
+    │   └── RegistryUnreachable  exit 3  it does not answer; waited for while a member runs
     ├── StateFull            exit 3  memory or disk for the rows is used up: nothing was lost
     ├── Fenced               exit 4  another instance uses this transactional.id
     ├── StateMismatch        exit 5  rows and offsets, or rows and model, do not belong together: the operator decides
@@ -54,6 +56,16 @@ class KafkaRefused(StreamAdaptError):
     """The broker refused, or could not be reached within its deadline. Nothing uncommitted became visible."""
 
     exit_code = 3
+
+
+class RegistryRefused(StreamAdaptError):
+    """The schema registry does not let us in, or does not take a schema. Nothing uncommitted became visible."""
+
+    exit_code = 3
+
+
+class RegistryUnreachable(RegistryRefused):
+    """The schema registry does not answer. A member that runs waits for it; one that starts does for a minute."""
 
 
 class StateFull(StreamAdaptError):

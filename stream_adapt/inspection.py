@@ -170,7 +170,7 @@ def changelog_partitions(config: Config) -> list[int]:
     Raises:
         KafkaRefused: a topic is missing, or no broker answers.
     """
-    described = service.describe_topics(clients.admin(properties.common(config)), config)
+    described = service.describe_topics(clients.reached_admin(properties.common(config)), config)
     return list(range(len(described[config.topic("changelog")].partitions)))
 
 

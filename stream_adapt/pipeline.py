@@ -36,6 +36,14 @@ class Pipeline:
         self._late_is_dead = late_is_dead
         self.timer: StageTimer = lambda _stage, _seconds: None
 
+    def prepare(self, raw: RawBatch) -> None:
+        """Fetches what is needed to decode n records, before their transaction begins.
+
+        Raises:
+            RegistryUnreachable: not now; nothing is known of the records.
+        """
+        self.decoder.prepare(raw)
+
     def __call__(self, raw: RawBatch, undeliverable: Mapping[Source, int] = MappingProxyType({})) -> Work:
         """Everything that n records lead to. The rows are changed; `adapter.commit` or `.abort` decides.
 

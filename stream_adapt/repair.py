@@ -174,7 +174,7 @@ def _accept_rows(shards: Shards) -> Plan:
 
 
 def _look(config: Config, partitions: Collection[int] = ()) -> Shards:
-    admin = clients.admin(properties.common(config))
+    admin = clients.reached_admin(properties.common(config))
     described = service.describe_topics(admin, config)
     events = described[config.topic("events")]
     there = range(min(len(events.partitions), len(described[config.topic("changelog")].partitions)))

@@ -40,6 +40,7 @@ import structlog
 from stream_adapt.adapt import Slow
 from stream_adapt.breaker import Breaker
 from stream_adapt.commit import Delivery, Outcome
+from stream_adapt.errors import RegistryUnreachable
 from stream_adapt.follow import Settled, Standing
 from stream_adapt.kafka.consumer import InputConsumer
 from stream_adapt.models import RowMode
@@ -298,6 +299,12 @@ class Runner:
         }
 
     def _process(self, raw: RawBatch, starts: Mapping[int, int]) -> None:
+        try:
+            self._pipeline.prepare(raw)
+        except RegistryUnreachable as error:
+            log.warning("waiting for the schema registry", error=str(error))
+            self._read_again()
+            return
         next_offsets = {**starts, **raw.next_offsets}
         controls = [self._control_row(partition, offset) for partition, offset in next_offsets.items()]
         done: list[Work] = []
@@ -347,8 +354,12 @@ class Runner:
 
     def _put_back(self) -> None:
         self._pipeline.adapter.abort()
-        self._consumer.rewind()
         self._observer.aborted()
+        self._read_again()
+
+    def _read_again(self) -> None:
+        """The same records come with the next poll, after a pause that grows."""
+        self._consumer.rewind()
         self._sleep(self._pause_s)
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)
 

@@ -13,8 +13,8 @@ from typing import Any
 
 import msgspec
 import structlog
-from confluent_kafka import KafkaException, TopicCollection
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import KafkaError
+from confluent_kafka.admin import AdminClient, ResourceType  # type: ignore[attr-defined]
 from prometheus_client import CollectorRegistry, ProcessCollector
 
 from stream_adapt.adapt import Adapter
@@ -26,13 +26,15 @@ from stream_adapt.decode import Decoder, Limits
 from stream_adapt.emit import Emitter
 from stream_adapt.errors import ConfigError, KafkaRefused, ModelError, StateFull
 from stream_adapt.follow import Announced, Follower
+from stream_adapt.formats import Formats
 from stream_adapt.health import Health, HealthServer
 from stream_adapt.kafka import clients, properties
 from stream_adapt.kafka.changelog import ChangelogReader, check_changelog
 from stream_adapt.kafka.consumer import InputConsumer, RebalanceListener
-from stream_adapt.kafka.errors import describe, kafka_error
+from stream_adapt.kafka.errors import describe
+from stream_adapt.kafka.permissions import group_operations, missing, of_member, to_do
 from stream_adapt.kafka.producer import OutputProducer
-from stream_adapt.kafka.topics import TopicSpec, product_topics
+from stream_adapt.kafka.topics import Described, TopicSpec, describe_by_name, product_topics
 from stream_adapt.learner.feedback import Feedback
 from stream_adapt.learner.rules.events import Screen
 from stream_adapt.metrics import Metrics
@@ -52,7 +54,6 @@ log = structlog.get_logger(__name__)
 _DEADLINE_TIMEOUTS = 2
 #: Two fencings within this many transaction timeouts: another live instance (reliability rule 6).
 _FENCE_TIMEOUTS = 3
-_ADMIN_TIMEOUT_S = 15.0
 
 
 class Finished(msgspec.Struct):
@@ -168,6 +169,7 @@ def _serve(
     topics = config.topic_names
     pipeline = build_pipeline(config, first_model(config, announced.history() if announced else []), topics)
     pipeline.adapter.warm_up()
+    pipeline.emitter.prove()
     topic_id = check_topics(config, _longest_row(pipeline))
     observer = observe(pipeline)
     pipeline.timer = observer.stage
@@ -177,7 +179,11 @@ def _serve(
     pipeline.decoder.quarantined = quarantine.condemned
     consumer = InputConsumer(properties.consumer(config), topics.events, start=config.input.start, listener=listener)
     restorer = build_restorer(config, pipeline, topic_id, observer, consumer)
-    delivery = build_delivery(config, consumer)
+    try:
+        delivery = build_delivery(config, consumer)
+    except BaseException:
+        consumer.close()  # a client that is in a group does not end by itself
+        raise
     follower = build_follower(config, announced, pipeline.adapter) if announced else None
     runner = Runner(
         consumer,
@@ -280,10 +286,11 @@ def _agreed_feedback(raw: object, trained: Feedback) -> Feedback:
 def build_pipeline(config: Config, model: Model, topics: TopicNames) -> Pipeline:
     """Decoder, adapter and emitter for one model."""
     limits = Limits(config.input.max_bytes, config.input.max_future_s, config.input.check_key)
+    formats = Formats.of(config)
     return Pipeline(
-        Decoder(model.spec.features, model.spec.feedback, limits),
+        Decoder(model.spec.features, model.spec.feedback, limits, codec=formats.input),
         Adapter(model, config.model.device, screen_of(config), folder=rows_folder(config), ttl_s=config.state.ttl_s),
-        Emitter(topics, model.version, model.spec.feedback.target_level),
+        Emitter(topics, model.version, model.spec.feedback.target_level, codec=formats.output),
         late_is_dead=config.input.late == "dead_letter",
     )
 
@@ -402,9 +409,9 @@ def check_topics(config: Config, row_bytes: int) -> str:
             answers.
     """
     topics = config.topic_names
-    admin = clients.admin(properties.common(config))
-    found = describe_topics(admin, config)
-    events, changelog = found[topics.events], found[topics.changelog]
+    admin = clients.reached_admin(properties.common(config))
+    described = _described(admin, config)
+    events, changelog = described.topics[topics.events], described.topics[topics.changelog]
     if len(events.partitions) != len(changelog.partitions):
         raise KafkaRefused(
             f"{topics.events} has {len(events.partitions)} partitions and {topics.changelog} has "
@@ -412,8 +419,25 @@ def check_topics(config: Config, row_bytes: int) -> str:
             f"were added to {topics.events}, users have moved to other shards and their rows have not: start anew with "
             "an app.name and topics of its own; if the changelog was made by hand, make it with as many partitions"
         )
+    _require_permissions(admin, config, described)
     check_changelog(admin, topics.changelog, row_bytes)
     return str(events.topic_id)
+
+
+def _require_permissions(admin: AdminClient, config: Config, described: Described) -> None:
+    """Before anything is read: a member that may not write would find out in the middle of its first transaction.
+
+    Raises:
+        KafkaRefused: names every permission that is missing, as far as brokers tell: of transactional ids they do not.
+    """
+    allowed = dict(described.allowed)
+    of_group = group_operations(admin, config.group_id)
+    if of_group is not None:
+        allowed[ResourceType.GROUP, config.group_id] = of_group
+    needed = of_member(config.topic_names, config.group_id, None, follows=config.model.follow)
+    lacking = [one for one in missing(needed, allowed) if one.required]
+    if lacking:
+        raise KafkaRefused(f"{config.kafka.bootstrap_servers}: permissions are missing. To do: {to_do(lacking)}")
 
 
 def describe_topics(admin: AdminClient, config: Config) -> dict[str, Any]:
@@ -422,19 +446,18 @@ def describe_topics(admin: AdminClient, config: Config) -> dict[str, Any]:
     Raises:
         KafkaRefused: a topic is missing or may not be described, or no broker answers.
     """
-    topics = config.topic_names
-    names = [topics.events, topics.scores, topics.dead_letters, topics.changelog, topics.learning, topics.alarms]
-    futures = admin.describe_topics(TopicCollection(names), request_timeout=_ADMIN_TIMEOUT_S)
-    described = {}
-    for name, future in futures.items():
-        try:
-            described[name] = future.result()
-        except KafkaException as error:
-            found = kafka_error(error)
-            raise KafkaRefused(
-                f"{name}: {found and describe(found)} at {config.kafka.bootstrap_servers}. To do: "
-                "`stream-adapt topics create -c FILE`, or check kafka.bootstrap_servers and the principal's rights"
-            ) from error
-        finally:
-            clients.tell(admin)
+    return dict(_described(admin, config).topics)
+
+
+def _described(admin: AdminClient, config: Config) -> Described:
+    names = config.topic_names
+    written = [names.events, names.scores, names.dead_letters, names.changelog, names.learning]
+    described = describe_by_name(admin, written + [names.models] * config.model.follow)
+    if any(error.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED for error in described.errors.values()):
+        _require_permissions(admin, config, described)
+    for name, error in described.errors.items():
+        raise KafkaRefused(
+            f"{name}: {describe(error)} at {config.kafka.bootstrap_servers}. To do: `stream-adapt topics create -c "
+            "FILE`, or check kafka.bootstrap_servers and the principal's permissions"
+        )
     return described

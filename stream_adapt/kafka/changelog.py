@@ -17,11 +17,18 @@ from typing import Any, Literal, cast
 
 import structlog
 from confluent_kafka import OFFSET_BEGINNING, Consumer, IsolationLevel, KafkaError, KafkaException, TopicPartition
-from confluent_kafka.admin import AdminClient, ConfigResource, OffsetSpec, ResourceType  # type: ignore[attr-defined]
+from confluent_kafka.admin import (  # type: ignore[attr-defined]
+    AclOperation,
+    AdminClient,
+    ConfigResource,
+    OffsetSpec,
+    ResourceType,
+)
 
 from stream_adapt.errors import KafkaRefused
 from stream_adapt.kafka import clients
 from stream_adapt.kafka.errors import describe, kafka_error
+from stream_adapt.kafka.permissions import denied
 
 log = structlog.get_logger(__name__)
 
@@ -37,8 +44,6 @@ _MOST_RECORDS = 10_000
 #: Errors of a consumer after which waiting is of no use.
 _REFUSED = {
     KafkaError.UNKNOWN_TOPIC_OR_PART: "create the topic: `stream-adapt topics create -c FILE`",
-    KafkaError.TOPIC_AUTHORIZATION_FAILED: "grant this principal Read on the topic",
-    KafkaError._AUTHENTICATION: "check the credentials under kafka:",
 }
 
 
@@ -161,9 +166,9 @@ class ChangelogReader:
     def _told(self, error: KafkaError, partition: int, offset: int) -> None:
         if error.code() == KafkaError._PARTITION_EOF:
             self._reached(partition, offset)
-        elif error.code() in _REFUSED:
-            raise KafkaRefused(f"{self.topic}: {describe(error)}. To do: {_REFUSED[error.code()]}")
-        elif (repeated := self._repeated.due(f"{partition} {error.name()}")) is not None:
+            return
+        _refuse(self.topic, error)
+        if (repeated := self._repeated.due(f"{partition} {error.name()}")) is not None:
             told = {"topic": self.topic, "partition": partition, "error": describe(error)}
             log.warning("changelog reader", **told, repeated=repeated)
 
@@ -219,10 +224,7 @@ def log_offsets(
             return {tp.partition: int(future.result().offset) for tp, future in futures.items()}
         except KafkaException as error:
             found = kafka_error(error)
-            if found is not None and found.code() in _REFUSED:
-                raise KafkaRefused(
-                    f"{partitions[0].topic}: {describe(found)}. To do: {_REFUSED[found.code()]}"
-                ) from error
+            _refuse(partitions[0].topic, found, error)
             _refuse_missing(admin, partitions)
             if time.monotonic() > deadline:
                 raise KafkaRefused(
@@ -231,6 +233,13 @@ def log_offsets(
             time.sleep(_BETWEEN_TRIES_S)
         finally:
             clients.tell(admin)
+
+
+def _refuse(topic: str, error: KafkaError | None, raised: BaseException | None = None) -> None:
+    """Raises KafkaRefused for an error after which waiting is of no use."""
+    to_do = error and (_REFUSED.get(error.code()) or denied(error, AclOperation.READ, topic=topic))
+    if error is not None and to_do:
+        raise KafkaRefused(f"{topic}: {describe(error)}. To do: {to_do}") from raised
 
 
 def _refuse_missing(admin: AdminClient, partitions: list[TopicPartition]) -> None:

@@ -2,6 +2,7 @@
 
 librdkafka writes to stderr in a form of its own unless it is given a logger; then its lines wait in a queue until the
 client is polled. An outage makes it repeat one line some twenty times a second: what is repeated is counted instead.
+A client that is given a `Gate` (access.py) also remembers why brokers turn it away.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import structlog
 from confluent_kafka import Consumer, KafkaError, Producer
 from confluent_kafka.admin import AdminClient
 
+from stream_adapt.kafka.access import Gate, reach
 from stream_adapt.kafka.connections import Connections, kind_of
 from stream_adapt.kafka.errors import describe
 
@@ -31,19 +33,38 @@ REPEAT_S = 10.0
 CONNECTIONS = Connections()
 
 
-def consumer(settings: Settings) -> Consumer:
+def consumer(settings: Settings, gate: Gate | None = None) -> Consumer:
     """A consumer; its lines come out when it polls."""
-    return Consumer(_heard(settings), logger=LIBRDKAFKA)
+    return Consumer(_heard(settings, gate), logger=LIBRDKAFKA)
 
 
-def producer(settings: Settings) -> Producer:
+def producer(settings: Settings, gate: Gate | None = None) -> Producer:
     """A producer; its lines come out when it polls or flushes."""
-    return Producer(_heard(settings), logger=LIBRDKAFKA)
+    return Producer(_heard(settings, gate), logger=LIBRDKAFKA)
 
 
-def admin(settings: Settings) -> AdminClient:
+def admin(settings: Settings, gate: Gate | None = None) -> AdminClient:
     """An admin client. It answers by futures and never polls by itself: `tell` after a call."""
-    return AdminClient(_heard(settings), logger=LIBRDKAFKA)
+    return AdminClient(_heard(settings, gate), logger=LIBRDKAFKA)
+
+
+def reached_admin(settings: Settings, timeout_s: float = 15.0) -> AdminClient:
+    """An admin client that a broker has answered.
+
+    Raises:
+        KafkaRefused: none did, or they turn us away; says why.
+    """
+    gate = Gate(settings)
+    made = admin(settings, gate)
+
+    def ask(seconds: float) -> None:
+        made.describe_cluster(request_timeout=seconds).result()
+
+    try:
+        reach(ask, made, gate, timeout_s)
+    finally:
+        tell(made)
+    return made
 
 
 def tell(client: AdminClient) -> None:
@@ -72,8 +93,13 @@ class Repeated:
 _OTHER_ERRORS = Repeated()
 
 
-def _heard(settings: Settings) -> dict[str, Any]:
-    return {**settings, "error_cb": _failed}
+def _heard(settings: Settings, gate: Gate | None) -> dict[str, Any]:
+    def heard(error: KafkaError) -> None:
+        _failed(error)
+        if gate is not None:
+            gate.noted(error)
+
+    return {**settings, "error_cb": heard}
 
 
 def _failed(error: KafkaError) -> None:

@@ -15,11 +15,14 @@ from typing import Any, Literal, cast
 import numpy as np
 import structlog
 from confluent_kafka import Consumer, KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka.admin import AclOperation  # type: ignore[attr-defined]
 
 from stream_adapt.errors import KafkaRefused
 from stream_adapt.kafka import clients
+from stream_adapt.kafka.access import Gate
 from stream_adapt.kafka.connections import STATISTICS_MS
 from stream_adapt.kafka.errors import describe, kafka_error
+from stream_adapt.kafka.permissions import denied
 from stream_adapt.record import Ints, Longs, RawBatch
 
 log = structlog.get_logger(__name__)
@@ -35,13 +38,10 @@ _BETWEEN_TRIES_S = 0.2
 #: Errors after which there is no point in going on: the operator must act.
 _REFUSED = {
     KafkaError.UNKNOWN_TOPIC_OR_PART: "create the topic: `stream-adapt topics create -c FILE`",
-    KafkaError.TOPIC_AUTHORIZATION_FAILED: "grant this principal Read on the topic",
-    KafkaError.GROUP_AUTHORIZATION_FAILED: "grant this principal Read on the group",
     KafkaError._AUTO_OFFSET_RESET: (
         "the committed offset is not in the log any more (retention, or the topic was made anew): records may be lost; "
         "set the group's offsets by hand to where to go on"
     ),
-    KafkaError._AUTHENTICATION: "check the credentials under kafka:",
 }
 
 
@@ -85,9 +85,11 @@ class InputConsumer:
         self._listener = listener
         self._leaving = False
         self._repeated = clients.Repeated()
+        self._gate = Gate(properties)
+        self._group = str(properties.get("group.id", ""))
         self._lookup = clients.consumer(properties)
         statistics = {"stats_cb": clients.CONNECTIONS.told, "statistics.interval.ms": STATISTICS_MS}
-        self._consumer = clients.consumer({**properties, **statistics})
+        self._consumer = clients.consumer({**properties, **statistics}, self._gate)
         self._consumer.subscribe([topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
 
     def poll(self, max_records: int, timeout_s: float) -> RawBatch:
@@ -105,6 +107,10 @@ class InputConsumer:
         except KafkaException as error:
             self._refuse(kafka_error(error))
             raise
+        if messages:
+            self._gate.passed()
+        else:
+            self._gate.refuse_at_last()
         records = [m for m in messages if m.error() is None]
         if len(records) < len(messages):
             for message in messages:
@@ -239,7 +245,7 @@ class InputConsumer:
                 if time.monotonic() > deadline:
                     raise KafkaRefused(
                         f"{self.topic}: no {what} within {REBALANCE_DEADLINE_S:.0f} s: {found and describe(found)}; "
-                        "is the group's coordinator up?"
+                        f"is the group's coordinator up?{self._gate.because}"
                     ) from error
                 time.sleep(_BETWEEN_TRIES_S)
 
@@ -254,13 +260,14 @@ class InputConsumer:
         log.warning("partitions lost", topic=self.topic, partitions=[tp.partition for tp in partitions])
 
     def _forget(self, partitions: list[TopicPartition]) -> None:
-        numbers = [tp.partition for tp in partitions]
+        numbers = [tp.partition for tp in partitions if tp.partition in self.positions.next_offsets]
         for partition in numbers:
-            self.positions.next_offsets.pop(partition, None)
+            del self.positions.next_offsets[partition]
             self._ends.pop(partition, None)
             self.positions.uncommitted_start.discard(partition)
             self.paused.discard(partition)
-        self._listener.revoked(numbers)
+        if numbers:  # none, where a member that is told to stop while it joins is given partitions first
+            self._listener.revoked(numbers)
 
     def _report(self, message: Message) -> None:
         error = message.error()
@@ -276,8 +283,11 @@ class InputConsumer:
             log.warning("consumer error", **told, repeated=repeated)
 
     def _refuse(self, error: KafkaError | None) -> None:
-        if error is not None and error.code() in _REFUSED:
-            raise KafkaRefused(f"{self.topic}: {describe(error)}. To do: {_REFUSED[error.code()]}")
+        if error is None:
+            return
+        to_do = _REFUSED.get(error.code()) or denied(error, AclOperation.READ, topic=self.topic, group=self._group)
+        if to_do is not None:
+            raise KafkaRefused(f"{self.topic}: {describe(error)}. To do: {to_do}")
 
 
 def due_records(partitions: Ints, offsets: Longs, next_offsets: Mapping[int, int]) -> Longs | None:

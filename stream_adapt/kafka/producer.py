@@ -1,12 +1,13 @@
 """The producer: one transaction at a time, every call within a deadline, every error mapped.
 
-What can come out of a call is one of four exceptions; `commit.py` says what each leads to:
+What can come out of a call is one of five exceptions; `commit.py` says what each leads to:
 
     ProducerError
     ├── Abort          the transaction cannot be committed; abort it and go on
     │   └── Undeliverable   the same, because the broker refuses these records for good
-    └── Lost           this producer is of no use any more, and whether its transaction committed is not known
-        └── FencedOff       the same, because another producer took the transactional.id
+    ├── Lost           this producer is of no use any more, and whether its transaction committed is not known
+    │   └── FencedOff       the same, because another producer took the transactional.id
+    └── Forbidden      the principal may not do this, and trying again will not help
 """
 
 from __future__ import annotations
@@ -21,9 +22,12 @@ from typing import Any
 import msgspec
 import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
+from confluent_kafka.admin import AclOperation  # type: ignore[attr-defined]
 
 from stream_adapt.kafka import clients
+from stream_adapt.kafka.access import Gate
 from stream_adapt.kafka.errors import UNDELIVERABLE_CODES, Consequence, consequence, describe, kafka_error
+from stream_adapt.kafka.permissions import denied
 from stream_adapt.record import Outputs, Source
 
 log = structlog.get_logger(__name__)
@@ -36,6 +40,7 @@ _OVERDUE = 2
 _SLOW_SHARE = 0.8
 #: In place of a partition: the partitioner decides, by the key.
 _BY_KEY = -1
+_INIT = "init_transactions"
 #: How long `produce` waits for room when the local queue is full, before it serves callbacks again.
 _QUEUE_FULL_WAIT_S = 0.1
 
@@ -70,6 +75,10 @@ class Lost(ProducerError):
 
 class FencedOff(Lost):
     """Another producer took the transactional.id."""
+
+
+class Forbidden(ProducerError):
+    """A permission is missing; says which, and how it is given."""
 
 
 class CoordinatorWatch:
@@ -131,8 +140,10 @@ class OutputProducer:
         self._transactional_id = transactional_id
         self._slow_s = socket_timeout_s * _SLOW_SHARE
         self._deadline_s = deadline_s
-        self._failures: list[tuple[KafkaError, Source | None]] = []
+        self._failures: list[tuple[KafkaError, Source | None, str | None]] = []
         self._watch = watch
+        self._gate = Gate(properties)
+        self._topics: set[str] = set()  # that were written to
         self._coordinator = CoordinatorWatch()
         settings = {
             # With all brokers out of reach librdkafka would begin anew from the bootstrap list and forget the brokers
@@ -144,6 +155,7 @@ class OutputProducer:
             "enable.idempotence": True,
             "delivery.report.only.error": True,
             "on_delivery": self._failed,
+            "error_cb": self._gate.noted,
             "stats_cb": self._coordinator.read,
             "statistics.interval.ms": 1000,
         }
@@ -151,7 +163,7 @@ class OutputProducer:
             settings["transactional.id"] = transactional_id
         self._producer = client(settings)
         if transactional_id is not None:
-            self._call("init_transactions", self._producer.init_transactions)
+            self._call(_INIT, self._producer.init_transactions)
 
     @property
     def needs_replacement(self) -> bool:
@@ -165,6 +177,7 @@ class OutputProducer:
 
     def send(self, outputs: Outputs) -> None:
         """Hands records to the client; delivery is waited for by `flush` or `commit`."""
+        self._topics.add(outputs.topic)
         if self.careful or outputs.headers is not None:
             return self._send_with_care(outputs)
         produce, topic = self._producer.produce, outputs.topic
@@ -272,7 +285,11 @@ class OutputProducer:
     def _decide(self, name: str, error: KafkaError, deadline: float, raised: BaseException) -> None:
         """Returns to have the call tried again; raises otherwise."""
         what = consequence(error)
-        message = f"{name}: {describe(error)}"
+        if what is Consequence.RETRY and name == _INIT:
+            self._producer.poll(0)  # what brokers said comes out
+        message = f"{name}: {describe(error)}{self._gate.because}"
+        if what is Consequence.ABORT or name == _INIT:
+            self._raise_if_denied(error, None, raised)
         if what is Consequence.FENCED:
             raise FencedOff(message) from raised
         if what is Consequence.ABORT:
@@ -287,7 +304,7 @@ class OutputProducer:
             return
         if not self._failures:  # the others of a transaction follow from the first
             log.warning("delivery failed", topic=message.topic(), source=source, error=describe(error))
-        self._failures.append((error, source))
+        self._failures.append((error, source, message.topic()))
 
     def _not_taken(self, error: KafkaException, source: Source) -> None:
         found = kafka_error(error)
@@ -298,9 +315,18 @@ class OutputProducer:
         raise error
 
     def _raise_failures(self) -> None:
-        refused = [(error, source) for error, source in self._failures if error.code() in UNDELIVERABLE_CODES]
+        for error, _, topic in self._failures:
+            self._raise_if_denied(error, topic)
+        refused = [(error, source) for error, source, _ in self._failures if error.code() in UNDELIVERABLE_CODES]
         if refused:
             sources = frozenset(source for _, source in refused if source is not None)
             raise Undeliverable(describe(refused[0][0]), sources)
         if self._failures:
             raise Abort(describe(self._failures[0][0]))
+
+    def _raise_if_denied(self, error: KafkaError, topic: str | None, raised: BaseException | None = None) -> None:
+        read = error.code() == KafkaError.GROUP_AUTHORIZATION_FAILED
+        operation = AclOperation.READ if read else AclOperation.WRITE
+        to_do = denied(error, operation, topic=topic or self._topics, transactional_id=self._transactional_id)
+        if to_do is not None:
+            raise Forbidden(f"{describe(error)}. To do: {to_do}") from raised

@@ -8,10 +8,13 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
+from confluent_kafka.admin import AclOperation  # type: ignore[attr-defined]
 
 from stream_adapt.errors import KafkaRefused
 from stream_adapt.kafka import clients
+from stream_adapt.kafka.access import Gate, reach
 from stream_adapt.kafka.errors import describe, kafka_error
+from stream_adapt.kafka.permissions import denied
 
 _CALL_TIMEOUT_S = 15.0
 #: Records of one fetch from the client.
@@ -32,6 +35,8 @@ class TopicReader:
             group_id: whose committed offsets `committed` and `group_metadata` are about.
         """
         self.topic = topic
+        self._gate = Gate(settings)
+        self._group = group_id
         self._consumer = clients.consumer(
             {
                 **settings,
@@ -42,7 +47,8 @@ class TopicReader:
                 "enable.partition.eof": True,
                 "allow.auto.create.topics": False,
                 "auto.offset.reset": "earliest",
-            }
+            },
+            self._gate,
         )
 
     def __enter__(self) -> TopicReader:
@@ -55,11 +61,18 @@ class TopicReader:
         """Partitions of the topic, or of another one."""
         name = topic or self.topic
         try:
-            found = self._consumer.list_topics(name, timeout=_CALL_TIMEOUT_S).topics[name]
+            metadata = reach(
+                lambda seconds: self._consumer.list_topics(name, timeout=seconds),
+                self._consumer,
+                self._gate,
+                _CALL_TIMEOUT_S,
+            )
         except KafkaException as error:
             raise self._refused("its metadata", error) from error
+        found = metadata.topics[name]
         if found.error is not None:
-            raise KafkaRefused(f"{name}: {describe(found.error)}. To do: `stream-adapt topics create -c FILE`")
+            to_do = denied(found.error, AclOperation.DESCRIBE, topic=name) or "`stream-adapt topics create -c FILE`"
+            raise KafkaRefused(f"{name}: {describe(found.error)}. To do: {to_do}")
         return sorted(found.partitions)
 
     def ends(self, partitions: Collection[int]) -> dict[int, tuple[int, int]]:
@@ -124,7 +137,8 @@ class TopicReader:
         for message in messages:
             error = message.error()
             if error is not None and error.code() != KafkaError._PARTITION_EOF:
-                raise KafkaRefused(f"{self.topic}: {describe(error)}")
+                to_do = denied(error, AclOperation.READ, topic=self.topic)
+                raise KafkaRefused(f"{self.topic}: {describe(error)}{f'. To do: {to_do}' if to_do else ''}")
         return messages
 
     def assign(self, starts: Mapping[int, int]) -> None:
@@ -133,4 +147,6 @@ class TopicReader:
 
     def _refused(self, what: str, error: KafkaException) -> KafkaRefused:
         found = kafka_error(error)
-        return KafkaRefused(f"{self.topic}: no {what}: {found and describe(found)}; are the brokers up?")
+        to_do = denied(found, AclOperation.READ, topic=self.topic, group=self._group)
+        more = f". To do: {to_do}" if to_do else f"; are the brokers up?{self._gate.because}"
+        return KafkaRefused(f"{self.topic}: no {what}: {found and describe(found)}{more}")

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
-from confluent_kafka import KafkaError, KafkaException
-from confluent_kafka.admin import AdminClient
+from confluent_kafka import KafkaError, KafkaException, TopicCollection
+from confluent_kafka.admin import AdminClient, ResourceType  # type: ignore[attr-defined]
 from confluent_kafka.cimpl import NewTopic
 
 from stream_adapt.errors import ConfigError, KafkaRefused
 from stream_adapt.kafka import clients
+from stream_adapt.kafka.errors import describe, kafka_error
+from stream_adapt.kafka.permissions import Allowed
 from stream_adapt.record import TopicNames as TopicNames
 
 if TYPE_CHECKING:
@@ -40,7 +42,7 @@ CHANGELOG_CONFIG = {
 MODELS_CONFIG = {"cleanup.policy": "compact"}
 #: The refresh topic keeps the state of the controller, and what was last asked of it.
 REFRESH_CONFIG = {"cleanup.policy": "compact"}
-
+_DESCRIBE_TIMEOUT_S = 15.0
 _LONGEST_NAME = 249
 _NAME_CHARACTERS = frozenset("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789._-")
 
@@ -145,7 +147,7 @@ def create_topics(
     if not specs:
         return []
     deadline = time.monotonic() + timeout_s
-    admin = clients.admin(admin_config)
+    admin = clients.reached_admin(admin_config, timeout_s)
     created = _create_missing(admin, specs, timeout_s)
     found = _await_leaders(admin, specs, deadline)
     return [_outcome(spec, found.get(spec.name), created=spec.name in created) for spec in specs]
@@ -155,8 +157,46 @@ def check_topics(
     admin_config: Mapping[str, Any], specs: Sequence[TopicSpec], timeout_s: float = 30.0
 ) -> list[TopicOutcome]:
     """What `create_topics` would find, changing nothing. KafkaRefused if the broker cannot be reached."""
-    found = _describe(clients.admin(admin_config), timeout_s)
+    found = _describe(clients.reached_admin(admin_config, timeout_s), timeout_s)
     return [_outcome(spec, found.get(spec.name), created=False) for spec in specs]
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """What brokers say of some topics, by name, and why they say nothing of the others."""
+
+    topics: Mapping[str, Any]
+    errors: Mapping[str, KafkaError]
+
+    @property
+    def allowed(self) -> Allowed:
+        """What we may do with each topic, as far as it is told; nothing, where a topic is hidden from us."""
+        told = {n: t.authorized_operations for n, t in self.topics.items() if t.authorized_operations is not None}
+        hidden = {n: () for n, e in self.errors.items() if e.code() == KafkaError.TOPIC_AUTHORIZATION_FAILED}
+        return {(ResourceType.TOPIC, name): operations for name, operations in {**told, **hidden}.items()}
+
+
+def describe_by_name(admin: AdminClient, names: Sequence[str]) -> Described:
+    """Descriptions of topics, with what we may do with them.
+
+    Raises:
+        KafkaRefused: no broker answers.
+    """
+    asked = admin.describe_topics(
+        TopicCollection(list(names)), include_authorized_operations=True, request_timeout=_DESCRIBE_TIMEOUT_S
+    )
+    topics, errors = {}, {}
+    for name, future in asked.items():
+        try:
+            topics[name] = future.result()
+        except KafkaException as error:
+            found = kafka_error(error)
+            if found is None or found.code() in (KafkaError._TIMED_OUT, KafkaError._TRANSPORT):
+                raise KafkaRefused(f"{name}: cannot be described: {found and describe(found)}") from error
+            errors[name] = found
+        finally:
+            clients.tell(admin)
+    return Described(topics, errors)
 
 
 def _create_missing(admin: AdminClient, specs: Sequence[TopicSpec], timeout_s: float) -> set[str]:

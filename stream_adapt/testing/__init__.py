@@ -5,5 +5,6 @@ proxy       the fault proxy: requests and answers that come late, never or wrong
 scripted    Kafka in memory under the real loop, with crashes as data
 clocks      a clock to set, and to make jump
 wire        as much of Kafka's wire protocol as the proxy needs
+security    a broker with passwords, certificates and permissions
 model       a model without training: right in form, random in content
 """

@@ -20,10 +20,12 @@ from stream_adapt import errors, metrics
 from stream_adapt.cli import cli
 from stream_adapt.config import OWNED_PROPERTIES, Config
 from stream_adapt.decode import REASONS
+from stream_adapt.kafka.permissions import RESOURCES, of_commands, of_member, operation_name
 from stream_adapt.kafka.topics import product_topics
 from stream_adapt.learner.rules.kalman.layout import user_layout
 from stream_adapt.learner.rules.layout import item_layout
 from stream_adapt.models import LearnerSpec
+from stream_adapt.record import TopicNames
 
 ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
@@ -51,6 +53,8 @@ def blocks() -> dict[str, str]:
         "commands": commands(),
         "configuration": configuration(),
         "owned-properties": _table(("property", "instead"), ((f"`{n}`", w) for n, w in OWNED_PROPERTIES.items())),
+        "permissions": permissions(),
+        "command-permissions": command_permissions(),
         "topics": topics(),
         "event-v1": schema("event-v1"),
         "score-v1": schema("score-v1"),
@@ -177,6 +181,24 @@ def schema(name: str, but: tuple[str, ...] = ()) -> str:
         if field not in but
     )
     return _table(("field" if not but else "header", "always there", "meaning"), rows)
+
+
+def permissions() -> str:
+    """What a member's principal must be allowed to do."""
+    names = TopicNames.of("<app>")
+    needed = of_member(names, "<group>", "<app>.<instance>")
+    rows = ((RESOURCES[p.resource], f"`{p.name}`", operation_name(p.operation), p.why) for p in needed)
+    return _table(("resource", "name", "operation", "why"), rows)
+
+
+def command_permissions() -> str:
+    """What other commands need on top of it."""
+    rows = (
+        (f"`{command}`", RESOURCES[p.resource], f"`{p.name}`", operation_name(p.operation))
+        for command, needed in of_commands("<app>", TopicNames.of("<app>"), "<group>").items()
+        for p in needed
+    )
+    return _table(("command", "resource", "name", "operation"), rows)
 
 
 def exit_codes() -> str:

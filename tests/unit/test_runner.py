@@ -16,6 +16,7 @@ from stream_adapt.adapt import Adapter
 from stream_adapt.commit import Outcome
 from stream_adapt.decode import Decoder
 from stream_adapt.emit import Emitter
+from stream_adapt.errors import RegistryUnreachable
 from stream_adapt.kafka.consumer import Positions
 from stream_adapt.pipeline import Pipeline
 from stream_adapt.record import Outputs, RawBatch, TopicNames, Work
@@ -166,6 +167,26 @@ def test_who_watches_is_told_the_changelog_records_of_each_commit_and_of_no_abor
 
     assert {key for rows in broker.rows for key in rows} == {key for rows in told for key in rows}
     assert sum(map(len, broker.rows)) == sum(map(len, told))
+
+
+def test_a_registry_that_is_away_is_waited_for_before_a_transaction_begins() -> None:
+    log, broker, pauses = Log([record(n) for n in range(20)]), Broker(), []
+    runner, _, seen = build(log, broker)
+    runner._sleep = pauses.append
+    prepare, away = runner._pipeline.prepare, iter([True, True, False])
+
+    def prepared(raw: RawBatch) -> None:
+        if next(away):
+            raise RegistryUnreachable("nobody answers")
+        prepare(raw)
+
+    runner._pipeline.prepare = prepared  # type: ignore[method-assign]
+    runner.turn()
+    runner.turn()
+    assert ([], 2, 0) == (broker.commits, log.rewinds, seen.aborts)
+    assert pauses[0] < pauses[1]
+    runner.turn()
+    assert ([{0: 20}], 20) == (broker.commits, len(broker.outputs))
 
 
 def test_an_error_in_a_commit_leaves_the_rows_of_the_last_one() -> None:
