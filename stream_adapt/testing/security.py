@@ -126,12 +126,16 @@ class SecuredKafka:
     def allow(self, principal: str, permissions: Iterable[Permission]) -> None:
         """From now on."""
         wanted = [_binding(AclBinding, principal, one) for one in permissions]
+        if not wanted:
+            return
         self._await(self._admin.create_acls(wanted))
         self._until(lambda known: known >= set(wanted))
 
     def forbid(self, principal: str, permissions: Collection[Permission]) -> None:
         """What was allowed, no longer."""
         filters = [_binding(AclBindingFilter, principal, one) for one in permissions]
+        if not filters:
+            return
         self._await(self._admin.delete_acls(filters))
         gone = {_binding(AclBinding, principal, one) for one in permissions}
         self._until(lambda known: not known & gone)
