@@ -254,7 +254,7 @@ def list_table(versions: list[Listed]) -> RenderableType:
     for name in ("", "version", "parent", "log-loss", "AUC", "decision"):
         table.add_column(name, no_wrap=name != "parent", overflow="fold")
     for one in versions:
-        figures = [f"{one.figures[name]:.4f}" if name in one.figures else "" for name in ("logloss", "auc")]
+        figures = [f"{one.figures[name]:.4f}" if name in one.figures else "" for name in ("log_loss", "auc")]
         told = one.decision or ("" if one.problem is None else "cannot be read")
         table.add_row("*" if one.served else "", Text(one.version), Text(one.parent or ""), *figures, told)
     problems = [Text(f"{one.version}: {one.problem}") for one in versions if one.problem]
