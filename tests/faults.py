@@ -21,9 +21,10 @@ class Fault(NamedTuple):
 _SCRIPT = "crash/test_scripts.py::test_one_crash_is_survived"
 _KILL = "broker/test_faults.py::test_kill_9"
 _STILL = "broker/test_faults.py::test_a_member_that_stood_still_past_a_timeout_goes_on"
-_WAY = "broker/test_faults.py::test_a_fault_on_the_way_to_the_broker_is_survived"
+_WAY = "broker/test_connection_faults.py::test_a_fault_on_the_way_to_the_broker_is_survived"
 _LOOP = "broker/test_loop.py::test_"
 _FAULTS = "broker/test_faults.py::test_"
+_CONNECTIONS = "broker/test_connection_faults.py::test_"
 _RESTORE = "broker/test_restore.py::test_"
 _RECORDS = "broker/test_records.py::test_"
 _MODELS = "broker/test_models.py::test_"
@@ -50,7 +51,7 @@ FAULTS = (
     Fault(
         "EndTxn delayed into the next transaction",
         "Hold until the next transaction has sent its records",
-        f"{_FAULTS}a_late_end_of_a_transaction_does_not_meet_the_next_one",
+        f"{_CONNECTIONS}a_late_end_of_a_transaction_does_not_meet_the_next_one",
     ),
     Fault(
         "EndTxn late",

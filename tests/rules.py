@@ -66,7 +66,7 @@ RULES = (
         "After a commit that may have been sent twice, the next transaction begins on a new producer.",
         (
             _WITHOUT,
-            "broker/test_faults.py::test_a_late_end_of_a_transaction_does_not_meet_the_next_one",
+            "broker/test_connection_faults.py::test_a_late_end_of_a_transaction_does_not_meet_the_next_one",
             "unit/test_coordinator_watch.py::test_a_request_of_the_coordinator_left_without_an_answer_moves_it",
             "broker/test_output_producer.py::test_after_a_cut_connection_the_next_transaction_wants_a_new_producer",
         ),

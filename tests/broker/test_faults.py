@@ -1,246 +1,50 @@
-"""Faults on a real broker: whatever happens to members, connections and topics, every event has one output.
+"""Faults of members, topics and groups on a real broker: whatever happens, every event has one output.
 
-`tests/faults.py` lists all faults with where each is tested. Those between client and broker are injected while one
-member runs on and on; it has to come through all of them.
+`tests/faults.py` lists all faults with where each is tested; those of connections: `test_connection_faults.py`.
 """
 
 from __future__ import annotations
 
 import json
-import re
 import signal
 import socket
 import subprocess
-import sys
 import threading
 import time
 import urllib.request
 import uuid
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import pytest
 from broker_app import ITEMS, RUN, STARS, App, event
-from confluent_kafka import KafkaError, Producer, TopicPartition
+from confluent_kafka import Producer, TopicPartition
 from confluent_kafka.admin import AdminClient, NewPartitions
+from faulty_stream import COUNT, SESSION_S, SLOW, TRANSACTION_S, WAIT_S, Stream, ids, once, taught_once
 
-from stream_adapt.kafka.producer import OutputProducer
 from stream_adapt.kafka.topics import create_topics, product_topics
 from stream_adapt.models import LearnerSpec
-from stream_adapt.record import Outputs
-from stream_adapt.testing.broker import IMPATIENT, RunningBroker, TopicFactory, read_all
+from stream_adapt.testing.broker import IMPATIENT, RunningBroker
 from stream_adapt.testing.model import random_model
 from stream_adapt.testing.proxy import (
     Api,
-    Close,
-    Cut,
     Delay,
     Drop,
-    Fail,
-    Fault,
     FaultProxy,
-    HalfOpen,
     Hold,
-    Injected,
     Match,
-    Refuse,
-    Trickle,
     embedded_behind_proxy,
 )
 
 pytestmark = pytest.mark.broker
-
-SESSION_S, TRANSACTION_S, SOCKET_S = 4.0, 3.0, 2.0
-SLOW = (sys.executable, str(Path(__file__).with_name("slow_member.py")), "run")
-#: For whatever should happen soon; a machine that does much else at the same time takes long.
-WAIT_S = 120.0
-#: Events before and while something goes wrong.
-COUNT = 600
-
-
-def ids(scores: list[dict[str, Any]]) -> Counter[str]:
-    return Counter(score["event_id"] for score in scores)
-
-
-def once(count: int) -> Counter[str]:
-    return Counter(f"e{n}" for n in range(count))
-
-
-def taught_once(scores: list[dict[str, Any]]) -> bool:
-    """Whether every user's row has learned from each of the user's events, and from each once."""
-    by_user: dict[str, list[int]] = {}
-    for score in scores:
-        by_user.setdefault(score["user_id"], []).append(score["adaptations"])
-    return all(sorted(found) == list(range(1, len(found) + 1)) for found in by_user.values())
-
-
-def _has_partitions(log: str) -> bool:
-    plain = re.sub(r"\x1b\[[0-9;]*m", "", log)
-    return re.search(r"partitions assigned +partitions=\[\d", plain) is not None
-
-
-@dataclass
-class Stream:
-    """An application whose members reach the broker through the proxy, and what has been sent to it."""
-
-    app: App
-    proxy: FaultProxy
-    sent: int = 0
-
-    def config(self, instance: str = "0", **kafka: Any) -> Any:
-        """A member's configuration: every time-out short."""
-        settings = {
-            "bootstrap_servers": self.proxy.address,
-            "session_timeout_ms": int(1000 * SESSION_S),
-            "transaction_timeout_ms": int(1000 * TRANSACTION_S),
-            "properties": {
-                "socket.timeout.ms": int(1000 * SOCKET_S),
-                "reconnect.backoff.max.ms": 500,
-            },
-            "consumer": {"heartbeat.interval.ms": 500},
-            **kafka,
-        }
-        return self.app.config(instance, kafka=settings, input={"max_batch": 200, "latency_ms": 20})
-
-    def start(self, instance: str = "0", command: Sequence[str] = RUN, **kafka: Any) -> subprocess.Popen[bytes]:
-        return self.app.start(config=self.config(instance, **kafka), command=command)
-
-    def running(self, members: int) -> None:
-        """Waits until so many members have partitions."""
-        deadline = time.monotonic() + WAIT_S
-        while sum(_has_partitions(path.read_text()) for path in self.app.folder.glob("*.log")) < members:
-            assert time.monotonic() < deadline, self.app.log()[-3000:]
-            time.sleep(0.1)
-
-    def send(self, count: int = COUNT) -> None:
-        self.app.produce(event(n) for n in range(self.sent, self.sent + count))
-        self.sent += count
-
-    def inject(self, fault: type[Fault] | Any, api: Api, instance: str = "*", **options: Any) -> Injected:
-        """A fault for the next request of one kind that a member of this application sends."""
-        return self.proxy.inject(fault(Match(api, f"{self.app.name}.{instance}", count=1), **options))
-
-    def arrived(self, timeout_s: float = WAIT_S) -> None:
-        """Every event that was sent has exactly one score, and has taught its user's row exactly once."""
-        scores = self.app.wait_for_outputs(self.sent, timeout_s)
-        assert ids(scores) == once(self.sent)
-        assert taught_once(scores)
-
-    def logged(self, words: str, instance: str) -> None:
-        """Waits until a member has logged this."""
-        deadline = time.monotonic() + WAIT_S
-        while not any(words in path.read_text() for path in self.app.folder.glob(f"{instance}-*.log")):
-            assert time.monotonic() < deadline, self.app.log()[-3000:]
-            time.sleep(0.1)
 
 
 @pytest.fixture
 def stream(make_app: Callable[..., App], fault_proxy: FaultProxy) -> Stream:
     """An application with two partitions and no member yet."""
     return Stream(make_app(partitions=2), fault_proxy)
-
-
-@pytest.fixture(scope="module")
-def _endless(kafka_broker: RunningBroker, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stream]:
-    if kafka_broker.proxy is None:
-        pytest.skip(f"only the embedded broker advertises a proxy's address, and this one is {kafka_broker.kind}")
-    app = App(f"app-{uuid.uuid4().hex[:8]}", kafka_broker, tmp_path_factory.mktemp("endless"), 2)
-    random_model(app.folder / "models", LearnerSpec(feedback=STARS), ITEMS)
-    create_topics({"bootstrap.servers": kafka_broker.bootstrap_servers}, product_topics(app.name, 2, 1))
-    stream = Stream(app, kafka_broker.proxy)
-    stream.start()
-    stream.send()
-    stream.arrived()
-    yield stream
-    app.end()
-
-
-@pytest.fixture
-def endless(_endless: Stream, fault_proxy: FaultProxy) -> Stream:
-    """An application whose one member has come through all faults so far, and has scored all that was sent."""
-    assert _endless.app.members[0].poll() is None, _endless.app.log()[-3000:]
-    return _endless
-
-
-# Between client and broker.
-
-#: Name → fault, and how long it lasts after it first did something.
-CONNECTIONS: dict[str, tuple[Fault, float]] = {
-    "EndTxn lost": (Drop(Match(Api.END_TXN, count=1)), 0),
-    "EndTxn answer lost": (Drop(Match(Api.END_TXN, count=1), "response"), 0),
-    "EndTxn answered by closing": (Close(Match(Api.END_TXN, count=1), "response"), 0),
-    "EndTxn delayed into the next transaction": (Delay(Match(Api.END_TXN, count=1), SOCKET_S + 0.5), SOCKET_S + 1),
-    "EndTxn held past the transaction timeout": (Hold(Match(Api.END_TXN)), TRANSACTION_S + 2),
-    "commit done but answered with a time-out": (
-        Fail(Match(Api.END_TXN, count=1), KafkaError.REQUEST_TIMED_OUT, "response"),
-        0,
-    ),
-    "commit answered as fenced": (Fail(Match(Api.END_TXN, count=1), KafkaError.INVALID_PRODUCER_EPOCH), 0),
-    "transaction aborted by the broker": (Fail(Match(Api.PRODUCE, count=1), KafkaError.TRANSACTION_ABORTABLE), 0),
-    "offsets lost": (Drop(Match(Api.TXN_OFFSET_COMMIT, count=1)), 0),
-    "offsets' answer lost": (Drop(Match(Api.TXN_OFFSET_COMMIT, count=1), "response"), 0),
-    "offsets of an old generation": (Fail(Match(Api.TXN_OFFSET_COMMIT, count=1), KafkaError.ILLEGAL_GENERATION), 0),
-    "coordinator moves": (Fail(Match(Api.TXN_OFFSET_COMMIT, count=3), KafkaError.NOT_COORDINATOR), 0),
-    "coordinator disconnects": (Close(Match(Api.END_TXN, count=2), reset=True), 0),
-    "records' answer lost": (Drop(Match(Api.PRODUCE, count=1), "response"), 0),
-    "records late past the transaction timeout": (Hold(Match(Api.PRODUCE)), TRANSACTION_S + 2),
-    "fetch answers late": (Delay(Match(Api.FETCH, count=3), 1.0, "response"), 0),
-    "heartbeats lost past the session timeout": (Drop(Match(Api.HEARTBEAT)), SESSION_S + 1),
-    "offsets late past the session timeout": (Hold(Match(Api.TXN_OFFSET_COMMIT)), SESSION_S + 2),
-    "connections cut": (Cut(), 0),
-    "connections reset": (Cut(reset=True), 0),
-    "connections half-open": (HalfOpen(), 1),
-    "broker out of reach": (HalfOpen(new_too=True), SOCKET_S + 2),
-    "one byte a second": (Trickle(bytes_per_s=1), 4),
-    "connections refused": (Refuse(), 0),
-}
-
-
-@pytest.mark.parametrize("name", CONNECTIONS)
-def test_a_fault_on_the_way_to_the_broker_is_survived(endless: Stream, name: str) -> None:
-    fault, lasts_s = CONNECTIONS[name]
-    injected = endless.proxy.inject(fault)
-    if isinstance(fault, Refuse):
-        endless.proxy.inject(Cut())
-    endless.send()
-    injected.wait()
-    time.sleep(lasts_s)
-    injected.lift()
-    endless.arrived()
-
-
-def test_a_late_end_of_a_transaction_does_not_meet_the_next_one(
-    fault_proxy: FaultProxy, topic_factory: TopicFactory, kafka_broker: RunningBroker
-) -> None:
-    """Rule 8: the late copy of an EndTxn would commit what the next transaction has sent so far."""
-    topic, name = topic_factory(), f"late-{uuid.uuid4()}"
-    settings = {"bootstrap.servers": fault_proxy.address, "socket.timeout.ms": 2_000, "transaction.timeout.ms": 60_000}
-
-    def build() -> OutputProducer:
-        return OutputProducer(settings, transactional_id=name, socket_timeout_s=2, deadline_s=30)
-
-    def visible() -> list[object]:
-        return [message.value() for message in read_all(kafka_broker.bootstrap_servers, topic)]
-
-    producer = build()
-    late = fault_proxy.inject(Hold(Match(Api.END_TXN, count=1)))
-    producer.begin()
-    producer.send(Outputs(topic, [None], [b"first"], None, [0], [0]))
-    producer.commit()  # by the second copy
-    if producer.needs_replacement:
-        producer = build()
-    producer.begin()
-    producer.send(Outputs(topic, [None], [b"second"], None, [0], [1]))
-    producer.flush()
-    late.lift()
-    time.sleep(1)
-    assert [b"first"] == visible()
-    producer.commit()
-    assert [b"first", b"second"] == visible()
 
 
 # To members.
