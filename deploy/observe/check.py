@@ -10,7 +10,6 @@ import json
 import os
 import re
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -401,7 +400,3 @@ def _events() -> Iterator[UserEvent]:
 
 def _encoded(event: UserEvent) -> tuple[bytes, bytes]:
     return event.user_id.encode(), msgspec.json.encode(event)
-
-
-if __name__ == "__main__":
-    sys.stdout.write(shortened(RULES.read_text(encoding="utf-8")))
