@@ -277,8 +277,11 @@ class OutputProducer:
         while True:
             try:
                 if again:
-                    self._producer.poll(0)  # what goes wrong meanwhile is called back, and shows on /readyz
-                again = True
+                    # What goes wrong meanwhile is called back, and shows on /readyz.
+                    self._producer.poll(0)
+                # Not before the producer is one: what its statistics say of looking for a coordinator is no sign that
+                # a transaction's request may have been sent twice.
+                again = name != "init_transactions"
                 with self._watch(name, _OVERDUE * self._deadline_s):
                     return call(_TRY_S) if blocks and name != "begin_transaction" else call()
             except (KafkaException, SystemError) as raised:

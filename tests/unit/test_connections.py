@@ -70,26 +70,40 @@ def test_a_client_that_knows_no_broker_yet_says_nothing() -> None:
 
 
 class Refusing:
-    """A client whose first call must be tried again, and which says why when it is polled."""
+    """A client whose calls must be tried again, each once, and which says why when it is polled."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
-        self._tries = 0
+        self._refused: set[str] = set()
 
     def init_transactions(self, _timeout_s: float) -> None:
-        self._tries += 1
-        if self._tries == 1:
-            raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "no coordinator", retriable=True))
+        self._refuse("init")
+
+    def begin_transaction(self) -> None:
+        pass
+
+    def commit_transaction(self, _timeout_s: float) -> None:
+        self._refuse("commit")
 
     def poll(self, _timeout_s: float) -> int:
         self._connections.failed(KafkaError(KafkaError._ALL_BROKERS_DOWN))
         return 1
 
+    def _refuse(self, call: str) -> None:
+        if call not in self._refused:
+            self._refused.add(call)
+            raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "no coordinator", retriable=True))
 
-def test_a_producer_that_waits_for_a_broker_says_so_meanwhile() -> None:
+
+def test_a_commit_that_waits_for_a_broker_says_so_meanwhile_and_a_producer_in_the_making_does_not() -> None:
     connections = Connections()
-    client = Refusing(connections)
-    OutputProducer({}, transactional_id="t", socket_timeout_s=1.0, deadline_s=5.0, client=lambda _: client)
+    producer = OutputProducer(
+        {}, transactional_id="t", socket_timeout_s=1.0, deadline_s=5.0, client=lambda _: Refusing(connections)
+    )
+    assert 0 == connections.errors["connection"]
+
+    producer.begin()
+    producer.commit()
 
     assert 1 == connections.errors["connection"]
 
