@@ -209,7 +209,6 @@ class _Check:
         """`kill -9`."""
         self._world.kill("a")
         yield
-        # It is still gone afterwards: the next situation begins with its start.
 
     @contextmanager
     def a_restore_that_waits(self) -> Iterator[None]:
@@ -285,14 +284,16 @@ class _Check:
     def _bring_about(self, situation: Situation, expected: set[str], possible: set[str]) -> None:
         expected, possible = _full(expected), _full(possible)
         self._say(f"{situation.__name__.replace('_', ' ')}: {', '.join(sorted(expected))}")
+        # After the crash its member stays away: the next situation begins with its start.
+        lasting = _full({"Down"}) if situation.__name__ == "a_crash" else set()
         began, fired = time.monotonic(), set()
         with situation():
             while not expected <= fired and time.monotonic() - began < _FIRE_TIMEOUT_S:
                 fired |= self._prometheus.firing()
+                if not lasting:
+                    self._world.supervise()
                 time.sleep(0.2)
         self._judged.alerts_fired += sorted(expected & fired)
-        # Of the crash: its member is still gone, and the next situation expects that.
-        lasting = _full({"Down"}) if situation.__name__ == "a_crash" else set()
         quiet_since = deadline = time.monotonic()
         deadline += _QUIET_TIMEOUT_S
         while time.monotonic() < min(quiet_since + _QUIET_S, deadline):

@@ -23,6 +23,7 @@ import structlog
 from confluent_kafka import KafkaError, KafkaException, Message, Producer, TopicPartition
 
 from stream_adapt.kafka import clients
+from stream_adapt.kafka.connections import STATISTICS_MS
 from stream_adapt.kafka.errors import UNDELIVERABLE_CODES, Consequence, consequence, describe, kafka_error
 from stream_adapt.record import Outputs, Source
 
@@ -121,6 +122,11 @@ class CoordinatorWatch:
             self._acknowledged += self._total - before
 
     @property
+    def awaits(self) -> bool:
+        """Whether a transaction's requests are under way."""
+        return self._resting_since is None
+
+    @property
     def moved(self) -> bool:
         """Whether a request was left without an answer since the producer was built."""
         return self._acknowledged is not None and self._total > self._acknowledged
@@ -158,8 +164,8 @@ class OutputProducer:
             "enable.idempotence": True,
             "delivery.report.only.error": True,
             "on_delivery": self._failed,
-            "stats_cb": self._coordinator.read,
-            "statistics.interval.ms": 1000,
+            "stats_cb": self._told,
+            "statistics.interval.ms": STATISTICS_MS,
         }
         if transactional_id is not None:
             settings["transactional.id"] = transactional_id
@@ -302,6 +308,13 @@ class OutputProducer:
         if what is Consequence.RETRY and time.monotonic() < deadline:
             return
         raise Lost(message) from raised
+
+    def _told(self, statistics: str) -> None:
+        self._coordinator.read(statistics)
+        if (
+            self._transactional_id is not None and self._coordinator.awaits
+        ):  # else it may be without any connection, because it needs none
+            clients.CONNECTIONS.told(statistics)
 
     def _failed(self, error: KafkaError | None, message: Message, source: Source | None = None) -> None:
         if error is None or self._closed:

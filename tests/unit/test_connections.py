@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException
@@ -106,6 +107,29 @@ def test_a_commit_that_waits_for_a_broker_says_so_meanwhile_and_a_producer_in_th
     producer.commit()
 
     assert 1 == connections.errors["connection"]
+
+
+def test_a_producer_without_connections_is_an_outage_only_while_a_transaction_is_under_way(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock = SettableClock()
+    connections = Connections(clock)
+    monkeypatch.setattr(clients, "CONNECTIONS", connections)
+    settings: dict[str, Any] = {}
+
+    def client(given: dict[str, Any]) -> Refusing:
+        settings.update(given)
+        return Refusing(connections)
+
+    producer = OutputProducer({}, transactional_id="t", socket_timeout_s=1.0, deadline_s=5.0, client=client)
+    settings["stats_cb"](statistics(a="INIT"))
+    clock.jump(9)
+    assert 0 == connections.unreachable_s
+
+    producer.begin()
+    settings["stats_cb"](statistics(a="TRY_CONNECT"))
+    clock.jump(9)
+    assert 9 == connections.unreachable_s
 
 
 def test_errors_that_no_line_of_the_client_tells_are_logged_few_of_them() -> None:
