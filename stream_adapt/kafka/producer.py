@@ -311,9 +311,8 @@ class OutputProducer:
 
     def _told(self, statistics: str) -> None:
         self._coordinator.read(statistics)
-        if (
-            self._transactional_id is not None and self._coordinator.awaits
-        ):  # else it may be without any connection, because it needs none
+        # At rest it may be without any connection, because it needs none.
+        if self._transactional_id is not None and self._coordinator.awaits:
             clients.CONNECTIONS.told(statistics)
 
     def _failed(self, error: KafkaError | None, message: Message, source: Source | None = None) -> None:
