@@ -122,11 +122,6 @@ class CoordinatorWatch:
             self._acknowledged += self._total - before
 
     @property
-    def awaits(self) -> bool:
-        """Whether a transaction's requests are under way."""
-        return self._resting_since is None
-
-    @property
     def moved(self) -> bool:
         """Whether a request was left without an answer since the producer was built."""
         return self._acknowledged is not None and self._total > self._acknowledged
@@ -152,6 +147,7 @@ class OutputProducer:
         self.careful = False
         self.suspect = False
         self._closed = False
+        self._waits = False  # for an answer, between two tries of a call
         self._transactional_id = transactional_id
         self._slow_s = socket_timeout_s * _SLOW_SHARE
         self._deadline_s = deadline_s
@@ -282,6 +278,7 @@ class OutputProducer:
         again = False
         while True:
             try:
+                self._waits = again
                 if again:
                     # What goes wrong meanwhile is called back, and shows on /readyz.
                     self._producer.poll(0)
@@ -311,8 +308,8 @@ class OutputProducer:
 
     def _told(self, statistics: str) -> None:
         self._coordinator.read(statistics)
-        # At rest it may be without any connection, because it needs none.
-        if self._transactional_id is not None and self._coordinator.awaits:
+        # Else it may be without any connection, because it needs none.
+        if self._waits:
             clients.CONNECTIONS.told(statistics)
 
     def _failed(self, error: KafkaError | None, message: Message, source: Source | None = None) -> None:

@@ -109,25 +109,28 @@ def test_a_commit_that_waits_for_a_broker_says_so_meanwhile_and_a_producer_in_th
     assert 1 == connections.errors["connection"]
 
 
-def test_a_producer_without_connections_is_an_outage_only_while_a_transaction_is_under_way(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_producer_without_connections_is_an_outage_only_while_a_call_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = SettableClock()
     connections = Connections(clock)
     monkeypatch.setattr(clients, "CONNECTIONS", connections)
     settings: dict[str, Any] = {}
 
+    class Cut(Refusing):
+        def poll(self, _timeout_s: float) -> int:
+            settings["stats_cb"](statistics(a="TRY_CONNECT"))
+            return 1
+
     def client(given: dict[str, Any]) -> Refusing:
         settings.update(given)
-        return Refusing(connections)
+        return Cut(connections)
 
     producer = OutputProducer({}, transactional_id="t", socket_timeout_s=1.0, deadline_s=5.0, client=client)
-    settings["stats_cb"](statistics(a="INIT"))
+    producer.poll()
     clock.jump(9)
     assert 0 == connections.unreachable_s
 
     producer.begin()
-    settings["stats_cb"](statistics(a="TRY_CONNECT"))
+    producer.commit()
     clock.jump(9)
     assert 9 == connections.unreachable_s
 
