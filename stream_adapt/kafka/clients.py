@@ -94,10 +94,13 @@ _OTHER_ERRORS = Repeated()
 
 
 def _heard(settings: Settings, gate: Gate | None) -> dict[str, Any]:
+    """Settings with which errors are counted, and told to whoever else wants to know."""
+    also = gate.noted if gate is not None else settings.get("error_cb")
+
     def heard(error: KafkaError) -> None:
         _failed(error)
-        if gate is not None:
-            gate.noted(error)
+        if also is not None:
+            also(error)
 
     return {**settings, "error_cb": heard}
 

@@ -26,6 +26,7 @@ from confluent_kafka.admin import AclOperation  # type: ignore[attr-defined]
 
 from stream_adapt.kafka import clients
 from stream_adapt.kafka.access import Gate
+from stream_adapt.kafka.connections import STATISTICS_MS
 from stream_adapt.kafka.errors import UNDELIVERABLE_CODES, Consequence, consequence, describe, kafka_error
 from stream_adapt.kafka.permissions import denied
 from stream_adapt.record import Outputs, Source
@@ -137,6 +138,7 @@ class OutputProducer:
         self.careful = False
         self.suspect = False
         self._closed = False
+        self._waits = False  # for an answer, between two tries of a call
         self._transactional_id = transactional_id
         self._slow_s = socket_timeout_s * _SLOW_SHARE
         self._deadline_s = deadline_s
@@ -156,8 +158,8 @@ class OutputProducer:
             "delivery.report.only.error": True,
             "on_delivery": self._failed,
             "error_cb": self._gate.noted,
-            "stats_cb": self._coordinator.read,
-            "statistics.interval.ms": 1000,
+            "stats_cb": self._told,
+            "statistics.interval.ms": STATISTICS_MS,
         }
         if transactional_id is not None:
             settings["transactional.id"] = transactional_id
@@ -271,9 +273,13 @@ class OutputProducer:
         again = False
         while True:
             try:
+                self._waits = again
                 if again:
-                    self._producer.poll(0)  # what goes wrong meanwhile is called back, and shows on /readyz
-                again = True
+                    # What goes wrong meanwhile is called back, and shows on /readyz.
+                    self._producer.poll(0)
+                # Not before the producer is one: what its statistics say of looking for a coordinator is no sign that
+                # a transaction's request may have been sent twice.
+                again = name != "init_transactions"
                 with self._watch(name, _OVERDUE * self._deadline_s):
                     return call(_TRY_S) if blocks and name != "begin_transaction" else call()
             except (KafkaException, SystemError) as raised:
@@ -298,6 +304,12 @@ class OutputProducer:
         if what is Consequence.RETRY and time.monotonic() < deadline:
             return
         raise Lost(message) from raised
+
+    def _told(self, statistics: str) -> None:
+        self._coordinator.read(statistics)
+        # Else it may be without any connection, because it needs none.
+        if self._waits:
+            clients.CONNECTIONS.told(statistics)
 
     def _failed(self, error: KafkaError | None, message: Message, source: Source | None = None) -> None:
         if error is None or self._closed:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from typing import Any
 
 import pytest
 from confluent_kafka import KafkaError, KafkaException
@@ -70,28 +71,68 @@ def test_a_client_that_knows_no_broker_yet_says_nothing() -> None:
 
 
 class Refusing:
-    """A client whose first call must be tried again, and which says why when it is polled."""
+    """A client whose calls must be tried again, each once, and which says why when it is polled."""
 
     def __init__(self, connections: Connections) -> None:
         self._connections = connections
-        self._tries = 0
+        self._refused: set[str] = set()
 
     def init_transactions(self, _timeout_s: float) -> None:
-        self._tries += 1
-        if self._tries == 1:
-            raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "no coordinator", retriable=True))
+        self._refuse("init")
+
+    def begin_transaction(self) -> None:
+        pass
+
+    def commit_transaction(self, _timeout_s: float) -> None:
+        self._refuse("commit")
 
     def poll(self, _timeout_s: float) -> int:
         self._connections.failed(KafkaError(KafkaError._ALL_BROKERS_DOWN))
         return 1
 
+    def _refuse(self, call: str) -> None:
+        if call not in self._refused:
+            self._refused.add(call)
+            raise KafkaException(KafkaError(KafkaError._TIMED_OUT, "no coordinator", retriable=True))
 
-def test_a_producer_that_waits_for_a_broker_says_so_meanwhile() -> None:
+
+def test_a_commit_that_waits_for_a_broker_says_so_meanwhile_and_a_producer_in_the_making_does_not() -> None:
     connections = Connections()
-    client = Refusing(connections)
-    OutputProducer({}, transactional_id="t", socket_timeout_s=1.0, deadline_s=5.0, client=lambda _: client)
+    producer = OutputProducer(
+        {}, transactional_id="t", socket_timeout_s=1.0, deadline_s=5.0, client=lambda _: Refusing(connections)
+    )
+    assert 0 == connections.errors["connection"]
+
+    producer.begin()
+    producer.commit()
 
     assert 1 == connections.errors["connection"]
+
+
+def test_a_producer_without_connections_is_an_outage_only_while_a_call_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SettableClock()
+    connections = Connections(clock)
+    monkeypatch.setattr(clients, "CONNECTIONS", connections)
+    settings: dict[str, Any] = {}
+
+    class Cut(Refusing):
+        def poll(self, _timeout_s: float) -> int:
+            settings["stats_cb"](statistics(a="TRY_CONNECT"))
+            return 1
+
+    def client(given: dict[str, Any]) -> Refusing:
+        settings.update(given)
+        return Cut(connections)
+
+    producer = OutputProducer({}, transactional_id="t", socket_timeout_s=1.0, deadline_s=5.0, client=client)
+    producer.poll()
+    clock.jump(9)
+    assert 0 == connections.unreachable_s
+
+    producer.begin()
+    producer.commit()
+    clock.jump(9)
+    assert 9 == connections.unreachable_s
 
 
 def test_errors_that_no_line_of_the_client_tells_are_logged_few_of_them() -> None:
