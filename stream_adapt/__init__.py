@@ -21,6 +21,7 @@ Around it:
     meta/  pretraining  datasets/   from a log of events to a model
     kafka/  errors                  consumer, producer, topics, a broker to try things on; what can go wrong
     drift                           River's detectors on those sums
+    refresh/                        drift → training → shadow → promotion → watch: the states, and who goes through them
     repair                          when rows and offsets do not belong together: `stream-adapt state …`
     breaker  quarantine             when too much is refused; when a record kills the process
     inspection  export              what is known of one user; all rows as Parquet

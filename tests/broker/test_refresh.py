@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -45,6 +46,7 @@ REFRESH = {
     "error": 0.1,
 }
 TIMEOUT_S = 300.0
+REFRESH_NOW = (sys.executable, "-m", "stream_adapt", "refresh")
 
 
 class Stage:
@@ -164,8 +166,10 @@ def test_trainings_that_die_are_refused_the_next_one_works_and_a_bad_model_plant
         with closing(hands.controller):
             for killed_at in ("starting", "reading", "training"):
                 assert "SIGKILL" in hands.refused(killed_at)
-            ask(stage.config)
+            asking = stage.app.start("--json", config=stage.path, command=REFRESH_NOW)
             good = hands.until(lambda s: s.state in RESTING and s.champion != stage.champion).champion
+            assert 0 == asking.wait(TIMEOUT_S)
+            assert f'"champion":"{good}","decision":{{"outcome":"promoted"' in stage.app.log()
             bad = _plant_a_bad_model(stage, good)
             back = hands.until(lambda s: s.state is State.ROLLED_BACK)
             assert (good, "rolled_back", bad) == (back.champion, back.last and back.last.outcome, back.last.challenger)  # type: ignore[union-attr]
