@@ -127,10 +127,13 @@ def run_drift(options: DriftBench, console: Console, settings: DriftSettings | N
 
 def show(result: DriftFigures, console: Console) -> None:
     """Tables of the figures."""
-    summary = Table("detector", *(Column(name, justify="right") for name in _SHOWN))
+    summary = Table(Column("detector", no_wrap=True), *(Column(name, justify="right") for name in _SHOWN))
     for name, found in result.detectors.items():
         summary.add_row(name, *(_told_number(getattr(found, field)) for field in _SHOWN.values()))
-    cases = Table("drift", *(Column(name, justify="right") for name in ("seen", "median delay", "delays by seed")))
+    cases = Table(
+        Column("drift", no_wrap=True),
+        *(Column(name, justify="right") for name in ("seen", "median delay", "delays by seed")),
+    )
     for name, case in result.cases.items():
         delays = " ".join(_told_number(one) for one in case.delays)
         cases.add_row(name, f"{case.detected} of {case.runs}", _told_number(case.median_delay_events), delays)

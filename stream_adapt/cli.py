@@ -124,6 +124,10 @@ def check_config(config_path: Path | None, as_json: bool) -> None:
     from stream_adapt import config
 
     loaded = config.load(config_path)
+    if any(key.startswith("drift.") for key in loaded.sources):  # River takes seconds to import
+        from stream_adapt.drift import DriftMonitor
+
+        DriftMonitor(loaded.config.drift)
     rows = list(config.effective(loaded))
     if as_json:
         _print({key: {"value": value, "source": source} for key, value, source in rows}, as_json)
@@ -819,7 +823,7 @@ def bench_drift(as_json: bool, **options: Any) -> None:
     """How surely and how soon known drifts are detected, and how often where there is none.
 
     Each data set's second half, in its real order, as it is and with drifts put in: half of the items' labels turned
-    round (flip), item ids permuted (permute), turned bit by bit (gradual), turned and back (recurring), and a
+    round (flip), items taken for one another (permute), turned bit by bit (gradual), turned and back (recurring), and a
     harmless one, in which only the base rate moves.
     """
     from rich.console import Console

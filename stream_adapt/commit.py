@@ -68,14 +68,14 @@ class _Refusals:
         """Counts a refusal; where its source is not known yet, the next try finds it.
 
         Raises:
-            KafkaRefused: it is a row that does not fit into the changelog: no dead letter can take its place.
+            KafkaRefused: it is a row, or a learning summary, that does not fit: no dead letter can take its place.
         """
         producer.careful = True
         rows = sorted(partition for partition, offset in error.sources if offset == NO_SOURCE)
         if rows:
             raise KafkaRefused(
-                f"the changelog does not take a row of partition {rows[0]}: {error}. To do: raise max.message.bytes of "
-                "the changelog, and message.max.bytes under kafka.producer"
+                f"the changelog does not take a row of partition {rows[0]}, or the learning topic a summary: {error}. "
+                "To do: raise max.message.bytes of these topics, and message.max.bytes under kafka.producer"
             )
         for source in error.sources:
             self.undeliverable[source] = self.undeliverable.get(source, 0) + 1

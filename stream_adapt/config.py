@@ -53,7 +53,7 @@ _SECRET_PARTS = ("password", "passphrase", "secret", "key.pem", "oauthbearer.con
 _PASSED_THROUGH = ("properties", "consumer", "producer")
 #: Parameters of detectors that are fed means of groups, in deviations of a reference (benchmarks/drift.md).
 _FOR_GROUPS: dict[str, dict[str, Any]] = {
-    "PageHinkley": {"min_instances": 1, "delta": 0.75, "threshold": 10.0, "mode": "up"},
+    "PageHinkley": {"min_instances": 1, "delta": 0.75, "threshold": 12.0, "mode": "up"},
     "ADWIN": {"clock": 1},  # a look at each group: River's 32 are for single events
 }
 

@@ -3,7 +3,7 @@
 | kind | what changes |
 |---|---|
 | `flip` | the label of every event with one of half the items turns round: l becomes low + high − l |
-| `permute` | the catalogue is numbered anew: an id stands for another item, whose content comes with its events |
+| `permute` | items are taken for one another: an event has the id and the content of another item |
 | `gradual` | as `flip`, and more and more events are turned: a share that grows from 0 to 1 over 20,000 events |
 | `recurring` | as `flip`, for 20,000 events, then 20,000 as before, and so on |
 | `base_rate` | nothing that is to be learned anew: a third of the events below the target is left out |
@@ -23,7 +23,7 @@ import xxhash
 
 from stream_adapt.datasets.source import Source
 from stream_adapt.errors import ConfigError
-from stream_adapt.record import ItemId, UserEvent
+from stream_adapt.record import FeatureValue, ItemId, UserEvent
 
 DriftKind = Literal["flip", "permute", "gradual", "recurring", "base_rate"]
 
@@ -46,14 +46,14 @@ class Drift:
 
     kind: DriftKind
     at: int  # index of the first event that may be changed
-    share: float = 0.5  # of the items
+    share: float | None = None  # of the items; None: half of them are turned round, all of them permuted
     over: int = 20_000  # events: how long `gradual` takes, and half a period of `recurring`
     seed: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise ConfigError(f"drift kind={self.kind!r}: one of {', '.join(KINDS)}")
-        if self.at < 0 or self.over < 1 or not 0 < self.share <= 1:
+        if self.at < 0 or self.over < 1 or not 0 < (1 if self.share is None else self.share) <= 1:
             raise ConfigError(f"drift: at must not be negative, over at least 1, share above 0 and up to 1: {self}")
 
 
@@ -100,7 +100,7 @@ def _flipped(source: Source, drift: Drift) -> _Change:
             return event
         turned = chosen.get(event.item_id)
         if turned is None:
-            turned = chosen[event.item_id] = _uniform(event.item_id, drift.seed) < drift.share
+            turned = chosen[event.item_id] = _uniform(event.item_id, drift.seed) < (drift.share or 0.5)
         return msgspec.structs.replace(event, label=ends - event.label) if turned else event
 
     return change
@@ -114,16 +114,29 @@ def _is_on(drift: Drift, since: int, event_id: str) -> bool:
 
 
 def _permuted(source: Source, drift: Drift) -> _Change:
-    items = sorted({event.item_id for event in source.events()})
-    chosen = [item for item in items if _uniform(item, drift.seed) < drift.share] if drift.share < 1 else items
+    content = _content_of_items(source)
+    chosen = sorted(item for item in content if _uniform(item, drift.seed) < (drift.share or 1.0))
     shuffled = np.random.default_rng(drift.seed).permutation(len(chosen)).tolist()
-    renamed = {item: ItemId(chosen[to]) for item, to in zip(chosen, shuffled, strict=True)}
+    taken_for = {item: ItemId(chosen[to]) for item, to in zip(chosen, shuffled, strict=True)}
 
     def change(event: UserEvent, _index: int) -> UserEvent:
-        to = renamed.get(event.item_id)
-        return event if to is None else msgspec.structs.replace(event, item_id=to)
+        other = taken_for.get(event.item_id)
+        if other is None:
+            return event
+        rest = {name: value for name, value in event.features.items() if name not in content[event.item_id]}
+        return msgspec.structs.replace(event, item_id=other, features=rest | content[other])
 
     return change
+
+
+def _content_of_items(source: Source) -> dict[str, dict[str, FeatureValue]]:
+    """What is known of each item, as its first event says."""
+    names = [name for name, feature in source.features.items() if feature.of == "item"]
+    found: dict[str, dict[str, FeatureValue]] = {}
+    for event in source.events():
+        if event.item_id not in found:
+            found[event.item_id] = {name: event.features.get(name) for name in names}
+    return found
 
 
 def _thinned(source: Source, drift: Drift) -> _Change:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from broker_app import ITEMS, STARS, App
 
-from stream_adapt.kafka.topics import CHANGELOG_CONFIG, MODELS_CONFIG, TopicSpec, create_topics
+from stream_adapt.kafka.topics import TopicSpec, create_topics, product_topics
 from stream_adapt.models import LearnerSpec
 from stream_adapt.testing.broker import RunningBroker
 from stream_adapt.testing.model import random_model
@@ -24,11 +24,10 @@ def make_app(kafka_broker: RunningBroker, tmp_path: Path) -> Iterator[Callable[.
         app = App(f"app-{uuid.uuid4().hex[:8]}", kafka_broker, tmp_path / str(len(apps)), partitions)
         app.folder.mkdir()
         random_model(app.folder / "models", spec or LearnerSpec(feedback=STARS), ITEMS)
-        names = [f"{app.name}.{what}" for what in ("events", "scores", "dead-letters")]
-        changelog = TopicSpec(f"{app.name}.changelog", partitions, config=CHANGELOG_CONFIG)
-        models = TopicSpec(f"{app.name}.models", config=MODELS_CONFIG)
-        specs = [TopicSpec(name, partitions, config=topic_config if i else {}) for i, name in enumerate(names)]
-        create_topics({"bootstrap.servers": kafka_broker.bootstrap_servers}, [*specs, changelog, models])
+        names = [f"{app.name}.{what}" for what in ("scores", "dead-letters")]
+        outputs = [TopicSpec(name, partitions, config=topic_config) for name in names]
+        others = [spec for spec in product_topics(app.name, partitions) if spec.name not in names]
+        create_topics({"bootstrap.servers": kafka_broker.bootstrap_servers}, [*outputs, *others])
         apps.append(app)
         return app
 

@@ -108,6 +108,14 @@ def test_check_config_for_people_says_the_same(
     assert ["input.max_batch", "16384", "default"] in lines
 
 
+def test_check_config_knows_rivers_detectors(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("STREAM_ADAPT_DRIFT_DETECTOR", "Nothing")
+    assert run_main(monkeypatch, "check-config") == 2
+    assert "River has ADWIN" in capsys.readouterr().err
+
+
 def test_a_wrong_configuration_ends_with_2_and_one_message(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:

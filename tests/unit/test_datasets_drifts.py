@@ -9,23 +9,25 @@ import pytest
 from stream_adapt.datasets.drifts import KINDS, Drift, DriftKind, splice
 from stream_adapt.datasets.source import STARS, Source
 from stream_adapt.errors import ConfigError
+from stream_adapt.learner.encoder import Feature, Numeric
 from stream_adapt.learner.feedback import Feedback
-from stream_adapt.record import ItemId, UserEvent, UserId
+from stream_adapt.record import FeatureValue, ItemId, UserEvent, UserId
 
 AT, COUNT, OVER = 100, 500, 100
 
 
 def event(number: int) -> UserEvent:
     item = number * 7 % 30
-    stars = float(1 + number % 5)
-    return UserEvent(f"e{number}", UserId("u"), ItemId(f"i{item}"), "rating", number, stars, {"year": 1990.0 + item})
+    features: dict[str, FeatureValue] = {"year": 1990.0 + item, "hour": 1.0 * (number % 24)}
+    return UserEvent(f"e{number}", UserId("u"), ItemId(f"i{item}"), "rating", number, 1.0 + number % 5, features)
 
 
 EVENTS = [event(number) for number in range(COUNT)]
 
 
 def source(feedback: Feedback = STARS) -> Source:
-    return Source("log", {}, feedback, lambda: iter(EVENTS), COUNT)
+    features: dict[str, Feature] = {"year": Numeric(of="item"), "hour": Numeric(of="event")}
+    return Source("log", features, feedback, lambda: iter(EVENTS), COUNT)
 
 
 def drifted(kind: DriftKind, **changes: float) -> list[UserEvent]:
@@ -59,13 +61,15 @@ def test_flip_turns_every_label_of_half_the_items_round() -> None:
     assert 30 > len(items) > len(set(turned(drifted("flip", share=0.1))))
 
 
-def test_permute_gives_items_other_ids_and_leaves_their_content() -> None:
-    pairs = {
-        (before.item_id, after.item_id) for before, after in zip(EVENTS[AT:], drifted("permute")[AT:], strict=True)
-    }
+def test_permute_takes_items_for_one_another_with_all_that_is_known_of_them() -> None:
+    after = drifted("permute")[AT:]
+    pairs = {(old.item_id, new.item_id) for old, new in zip(EVENTS[AT:], after, strict=True)}
     assert 30 == len(pairs) == len({old for old, _ in pairs}) == len({new for _, new in pairs})
-    assert [e.features for e in EVENTS] == [e.features for e in drifted("permute")]
-    assert [e.label for e in EVENTS] == [e.label for e in drifted("permute")]
+    for before, taken in zip(EVENTS[AT:], after, strict=True):
+        assert {"year": 1990.0 + int(taken.item_id[1:]), "hour": before.features["hour"]} == taken.features
+    assert [e.label for e in EVENTS[AT:]] == [e.label for e in after]
+    stayed = [old for old, new in zip(EVENTS[AT:], drifted("permute", share=0.3)[AT:], strict=True) if old == new]
+    assert 15 <= len({e.item_id for e in stayed}) < 30
 
 
 def test_gradual_turns_more_and_more_and_at_its_end_what_flip_does() -> None:
