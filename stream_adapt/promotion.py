@@ -251,13 +251,12 @@ def _time(ms: int) -> str:
 def list_table(versions: list[Listed]) -> RenderableType:
     """Versions, oldest first; the one that is served has a star."""
     table = Table()
-    for name in ("", "version", "created", "parent", "log-loss", "AUC", "decision"):
-        table.add_column(name, no_wrap=name == "version", overflow="fold")
+    for name in ("", "version", "parent", "log-loss", "AUC", "decision"):
+        table.add_column(name, no_wrap=name != "parent", overflow="fold")
     for one in versions:
-        figures = [f"{one.figures[name]:.4f}" if name in one.figures else "" for name in ("logloss", "auc")]
+        figures = [f"{one.figures[name]:.4f}" if name in one.figures else "" for name in ("log_loss", "auc")]
         told = one.decision or ("" if one.problem is None else "cannot be read")
-        created = (one.created or "")[:16].replace("T", " ")
-        table.add_row("*" if one.served else "", Text(one.version), created, Text(one.parent or ""), *figures, told)
+        table.add_row("*" if one.served else "", Text(one.version), Text(one.parent or ""), *figures, told)
     problems = [Text(f"{one.version}: {one.problem}") for one in versions if one.problem]
     return Group(table, *problems)
 
@@ -268,6 +267,8 @@ def show_table(shown: Shown) -> RenderableType:
     about = Table(
         show_header=False, title=f"{manifest.version}{', served' if shown.served else ''}", title_justify="left"
     )
+    about.add_column(no_wrap=True)
+    about.add_column(overflow="fold")
     for name, value in _about(manifest).items():
         about.add_row(name, Text(str(value)))
     parts: list[RenderableType] = [about, _figures("figures of training", manifest.figures)]
@@ -293,7 +294,7 @@ def _about(manifest: Manifest) -> dict[str, Any]:
     spec = msgspec.structs.asdict(manifest.spec)
     spec["features"] = ", ".join(manifest.spec.features) or "none"
     spec["feedback"] = f"{', '.join(manifest.spec.feedback.levels)}; target {manifest.spec.feedback.target}"
-    return about | spec
+    return about | {f"spec: {name}": value for name, value in spec.items()}
 
 
 def _decided(what: str, by: Decision | Announcement) -> list[RenderableType]:
@@ -304,7 +305,7 @@ def _decided(what: str, by: Decision | Announcement) -> list[RenderableType]:
 
 
 def _figures(title: str, figures: dict[str, float]) -> Table:
-    table = Table(show_header=False, title=title, title_justify="left")
+    table = Table(show_header=False, title=f"{title:<32}", title_justify="left", min_width=34)
     for name, value in figures.items():
         table.add_row(Text(name), f"{value:.6g}")
     return table

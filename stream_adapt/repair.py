@@ -258,9 +258,11 @@ def _note(stored: Stored, key: bytes | None, value: bytes | None) -> None:
 def _control(shards: Shards, partition: int, offset: int | None) -> bytes | None:
     if offset is None:
         return None
-    before = shards.stored[partition].control
-    version, layouts = (before.model_version, before.layouts) if before else ("", {})
-    return ControlRow(partition, offset, version, shards.topic_id, time.time_ns() // 1_000_000, layouts).to_bytes()
+    before = shards.stored[partition].control or ControlRow(partition, offset, "", "")
+    after = msgspec.structs.replace(
+        before, next_offset=offset, topic_id=shards.topic_id, updated_ms=time.time_ns() // 1_000_000
+    )
+    return after.to_bytes()
 
 
 def _offset(control: ControlRow | None) -> int | None:

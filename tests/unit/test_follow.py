@@ -17,9 +17,11 @@ from learner_streams import random_model
 
 from stream_adapt.adapt import Adapter, Slow
 from stream_adapt.announcements import Announcement
+from stream_adapt.config import load
 from stream_adapt.errors import ConfigError
 from stream_adapt.follow import Follower, Settled
 from stream_adapt.models import Model, Registry, RowMode, write_model
+from stream_adapt.service import first_model
 
 SERVED = random_model()
 
@@ -256,6 +258,41 @@ def test_rows_know_whether_their_model_comes_before_or_after_the_one_in_service(
         topic.said.append(announced("v1", "restart_items"))
         assert follower.ahead("v1")
         assert (follower.row_mode("v2"), follower.row_mode("v0")) == ("carry", "restart_items")
+
+
+@pytest.mark.parametrize(
+    ("there", "expected"),
+    [
+        (("v1", "v2", "v3"), "v3"),
+        (("v1", "v2"), "v2"),
+        (("v1",), "v1"),
+        (("v1", "v2", "v3 of another hash"), "v2"),
+    ],
+)
+def test_a_member_begins_with_what_was_announced_last_of_what_it_has(
+    tmp_path: Path, there: tuple[str, ...], expected: str
+) -> None:
+    hashes = {}
+    for at, version in enumerate(("v1", "v2", "v3")):
+        folder = write(tmp_path / "all", bias=at)
+        manifest = json.loads((folder / "manifest.json").read_text()) | {
+            "version": version,
+            "parent": f"v{at}" if at else None,
+        }
+        hashes[version] = manifest["sha256"]
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        folder.rename(tmp_path / version)
+    said = [
+        Announcement("v2", hashes["v2"], "v1", "carry", "a test", 1),
+        Announcement("v3", "0" * 64 if "v3 of another hash" in there else hashes["v3"], "v2", "carry", "a test", 2),
+    ]
+    registry = tmp_path / "registry"
+    registry.mkdir()
+    for version in there:
+        (tmp_path / version[:2]).rename(registry / version[:2])
+    config = load(None, {}, model__path=str(registry)).config
+    assert first_model(config, said).version == expected
+    assert first_model(config, []).version == "v1"
 
 
 def test_who_does_not_follow_carries_all_rows() -> None:
