@@ -35,7 +35,9 @@ from stream_adapt.testing.broker import RunningBroker, read_all
 
 pytestmark = [pytest.mark.broker, pytest.mark.timeout(1_200)]
 
-DRIFT = {"group_events": 64, "reference_events": 2_048, "cooldown_events": 1_000}
+#: Quick: the stream is small, and that an alarm is right is not the question here.
+DETECTOR = {"min_instances": 1, "delta": 0.2, "threshold": 5.0, "mode": "up"}
+DRIFT = {"group_events": 64, "reference_events": 2_048, "cooldown_events": 1_000, "parameters": DETECTOR}
 REFRESH = {
     "mode": "child",
     "cooldown_s": 0,
