@@ -155,7 +155,10 @@ def part(batch: Batch, at: slice | Sequence[int]) -> Batch:
     """Some events of a batch."""
     which = np.arange(len(batch))[at]
     columns = {f.name: getattr(batch, f.name) for f in dataclasses.fields(Batch) if f.name != "erasures"}
-    return Batch(**{k: c[which] if isinstance(c, np.ndarray) else [c[i] for i in which] for k, c in columns.items()})
+    chosen = {
+        k: c[which] if isinstance(c, np.ndarray) else [c[i] for i in which] if c else c for k, c in columns.items()
+    }
+    return Batch(**chosen)
 
 
 def cut(batch: Batch, size: int) -> Iterator[Batch]:
