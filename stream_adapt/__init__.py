@@ -22,6 +22,7 @@ Around it:
     codecs/  formats                records in JSON and Avro, and which of them are configured
     kafka/  errors                  consumer, producer, topics, a broker to try things on; what can go wrong
     drift                           River's detectors on those sums
+    refresh/                        drift → training → shadow → promotion → watch: the states, and who goes through them
     repair                          when rows and offsets do not belong together: `stream-adapt state …`
     breaker  quarantine             when too much is refused; when a record kills the process
     inspection  export              what is known of one user; all rows as Parquet

@@ -93,7 +93,7 @@ class Repeated:
 _OTHER_ERRORS = Repeated()
 
 
-def _heard(settings: Settings, gate: Gate | None) -> dict[str, Any]:
+def _heard(settings: Settings, gate: Gate | None = None) -> dict[str, Any]:
     """Settings with which errors are counted, and told to whoever else wants to know."""
     also = gate.noted if gate is not None else settings.get("error_cb")
 

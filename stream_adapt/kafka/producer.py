@@ -137,6 +137,7 @@ class OutputProducer:
     ) -> None:
         self.careful = False
         self.suspect = False
+        self._made = False
         self._closed = False
         self._waits = False  # for an answer, between two tries of a call
         self._transactional_id = transactional_id
@@ -166,6 +167,7 @@ class OutputProducer:
         self._producer = client(settings)
         if transactional_id is not None:
             self._call(_INIT, self._producer.init_transactions)
+        self._made = True
 
     @property
     def needs_replacement(self) -> bool:
@@ -277,9 +279,7 @@ class OutputProducer:
                 if again:
                     # What goes wrong meanwhile is called back, and shows on /readyz.
                     self._producer.poll(0)
-                # Not before the producer is one: what its statistics say of looking for a coordinator is no sign that
-                # a transaction's request may have been sent twice.
-                again = name != "init_transactions"
+                again = True
                 with self._watch(name, _OVERDUE * self._deadline_s):
                     return call(_TRY_S) if blocks and name != "begin_transaction" else call()
             except (KafkaException, SystemError) as raised:
@@ -291,8 +291,6 @@ class OutputProducer:
     def _decide(self, name: str, error: KafkaError, deadline: float, raised: BaseException) -> None:
         """Returns to have the call tried again; raises otherwise."""
         what = consequence(error)
-        if what is Consequence.RETRY and name == _INIT:
-            self._producer.poll(0)  # what brokers said comes out
         message = f"{name}: {describe(error)}{self._gate.because}"
         if what is Consequence.ABORT or name == _INIT:
             self._raise_if_denied(error, None, raised)
@@ -306,7 +304,9 @@ class OutputProducer:
         raise Lost(message) from raised
 
     def _told(self, statistics: str) -> None:
-        self._coordinator.read(statistics)
+        # Before, what it says of looking for a coordinator is no sign that a request may have been sent twice.
+        if self._made:
+            self._coordinator.read(statistics)
         # Else it may be without any connection, because it needs none.
         if self._waits:
             clients.CONNECTIONS.told(statistics)

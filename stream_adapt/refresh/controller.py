@@ -246,10 +246,13 @@ class Leader:
         self._status_s = 0.0
         try:
             self._announcements.read_to_end()
+            served = self._served()
             found = self._journal.tail.state
-            self.state = found or RefreshState(since_ms=self._now(), champion=self._served())
-            if found is None:
-                self._journal.write(self.state)
+            if found is None or (self._announcements.newest() is None and found.champion != served):
+                # Never refreshed, or members begin with another model than before: nothing was announced since.
+                found = RefreshState(since_ms=self._now(), champion=served)
+                self._journal.write(found)
+            self.state = found
             self._offset = self.state.learning_offset
             self._enter(again=True)
         except BaseException:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import closing
@@ -31,9 +33,11 @@ from stream_adapt.refresh.worker import Worker
 from stream_adapt.service import topic_specs
 from stream_adapt.testing.broker import RunningBroker, read_all
 
-pytestmark = pytest.mark.broker
+pytestmark = [pytest.mark.broker, pytest.mark.timeout(1_200)]
 
-DRIFT = {"group_events": 64, "reference_events": 2_048, "cooldown_events": 1_000}
+#: Quick: the stream is small, and that an alarm is right is not the question here.
+DETECTOR = {"min_instances": 1, "delta": 0.2, "threshold": 5.0, "mode": "up"}
+DRIFT = {"group_events": 64, "reference_events": 2_048, "cooldown_events": 1_000, "parameters": DETECTOR}
 REFRESH = {
     "mode": "child",
     "cooldown_s": 0,
@@ -44,7 +48,8 @@ REFRESH = {
     "watch_events": 1_000,
     "error": 0.1,
 }
-TIMEOUT_S = 300.0
+TIMEOUT_S = 540.0
+REFRESH_NOW = (sys.executable, "-m", "stream_adapt", "refresh")
 
 
 class Stage:
@@ -112,6 +117,28 @@ def test_a_drift_is_seen_a_challenger_trained_compared_promoted_and_watched(
     assert 0 == stage.app.stop(member)
 
 
+@pytest.mark.slow
+def test_a_controller_that_is_killed_in_every_state_is_followed_by_one_that_goes_on(stage: Stage) -> None:
+    member = stage.app.start(config=stage.path)
+    stage.feed(DRIFT_AT - PRETRAINED)
+    stage.app.wait_for_outputs(DRIFT_AT - PRETRAINED, TIMEOUT_S)
+    left = {State.COOLING, State.TRAINING, State.SHADOW, State.WATCHING}
+
+    def killed_or_ended(state: RefreshState) -> bool:
+        if state.state in left:
+            left.remove(state.state)
+            for child in psutil.Process(member.pid).children(recursive=True):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    child.kill()
+        return state.last is not None and state.state in RESTING
+
+    end = stage.until(killed_or_ended)
+    assert end.last is not None
+    assert (State.STABLE, "promoted") == (end.state, end.last.outcome), end.last
+    assert not left
+    assert 0 == stage.app.stop(member)
+
+
 class Hands:
     """A controller in this process, and what it started."""
 
@@ -153,6 +180,7 @@ def _stage(worker: Worker) -> str:
     return progress.stage if progress else "starting"
 
 
+@pytest.mark.slow
 def test_trainings_that_die_are_refused_the_next_one_works_and_a_bad_model_planted_by_hand_goes_back(
     make_app: Callable[..., App],
 ) -> None:
@@ -164,8 +192,10 @@ def test_trainings_that_die_are_refused_the_next_one_works_and_a_bad_model_plant
         with closing(hands.controller):
             for killed_at in ("starting", "reading", "training"):
                 assert "SIGKILL" in hands.refused(killed_at)
-            ask(stage.config)
+            asking = stage.app.start("--json", config=stage.path, command=REFRESH_NOW)
             good = hands.until(lambda s: s.state in RESTING and s.champion != stage.champion).champion
+            assert 0 == asking.wait(TIMEOUT_S)
+            assert f'"champion":"{good}","decision":{{"outcome":"promoted"' in stage.app.log()
             bad = _plant_a_bad_model(stage, good)
             back = hands.until(lambda s: s.state is State.ROLLED_BACK)
             assert (good, "rolled_back", bad) == (back.champion, back.last and back.last.outcome, back.last.challenger)  # type: ignore[union-attr]

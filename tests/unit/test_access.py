@@ -136,4 +136,5 @@ def test_what_is_missing_is_said_with_the_command_that_gives_it() -> None:
 def test_every_topic_that_is_created_has_its_permissions() -> None:
     needed = of_member(TopicNames.of("app"), "app", "app.0")
     named = {one.name for one in needed if one.resource == ResourceType.TOPIC}
-    assert {spec.name for spec in product_topics("app", 1)} == named
+    controllers = {"app.alarms", "app.refresh"}
+    assert {spec.name for spec in product_topics("app", 1)} == named | controllers

@@ -368,3 +368,14 @@ def test_where_it_stands_is_in_a_file(stage: Stage) -> None:
     status = msgspec.json.decode((stage.config.state_dir / "refresh.json").read_bytes())
     assert (True, "cooling", stage.champion) == (status["leader"], status["state"], status["champion"])
     assert "alarm" == status["trigger"]["kind"]
+
+
+def test_where_members_begin_with_another_model_and_nothing_was_announced_the_refresh_begins_with_it(
+    stage: Stage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage.turns(alarms=(ALARM,))
+    stage.leader.close()
+    newer = stage.write(random_model(), nudge=0.5)
+    monkeypatch.setattr(module, "read_model", lambda _path: stage.registry.read(newer))
+    stage.leader = stage.lead()
+    assert (State.STABLE, newer) == (stage.state.state, stage.state.champion)
