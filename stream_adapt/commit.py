@@ -24,7 +24,7 @@ from confluent_kafka import KafkaException, TopicPartition
 
 from stream_adapt.errors import Fenced, KafkaRefused
 from stream_adapt.kafka import clients
-from stream_adapt.kafka.consumer import generation
+from stream_adapt.kafka.consumer import Positions, generation
 from stream_adapt.kafka.errors import describe, kafka_error
 from stream_adapt.kafka.producer import (
     Abort,
@@ -52,6 +52,7 @@ class Group(Protocol):
     """What a commit needs of the consumer."""
 
     topic: str
+    positions: Positions  # before the batch that is committed
 
     def group_metadata(self) -> bytes: ...
     def committed(self, partitions: Collection[int]) -> dict[int, int]: ...
@@ -209,7 +210,15 @@ class ExactlyOnce:
         # All or nothing: where one partition has not got there, it was not this transaction that moved the others, but
         # the member that has them now.
         reached = all(committed.get(p, -1) >= o for p, o in next_offsets.items())
-        return Outcome.RECOVERED if next_offsets and reached else Outcome.ABORTED
+        return Outcome.RECOVERED if self._moves(next_offsets) and reached else Outcome.ABORTED
+
+    def _moves(self, next_offsets: Mapping[int, int]) -> bool:
+        """Whether offsets can tell: a swap of the model alone moves none. It is done again, and is then as it was."""
+        positions = self._group.positions
+        return any(
+            p in positions.uncommitted_start or positions.next_offsets.get(p) != offset
+            for p, offset in next_offsets.items()
+        )
 
     def _note_fencing(self, error: FencedOff) -> None:
         now = time.monotonic()

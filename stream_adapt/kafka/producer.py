@@ -112,6 +112,11 @@ class CoordinatorWatch:
         if self._acknowledged is None:
             self._acknowledged = self._total
 
+    def settle(self) -> None:
+        """The producer is made: what was said of looking for a coordinator is no sign of a request sent twice."""
+        if self._acknowledged is not None:
+            self._acknowledged = self._total
+
     @property
     def moved(self) -> bool:
         """Whether a request was left without an answer since the producer was built."""
@@ -137,7 +142,6 @@ class OutputProducer:
     ) -> None:
         self.careful = False
         self.suspect = False
-        self._made = False
         self._closed = False
         self._waits = False  # for an answer, between two tries of a call
         self._transactional_id = transactional_id
@@ -167,7 +171,7 @@ class OutputProducer:
         self._producer = client(settings)
         if transactional_id is not None:
             self._call(_INIT, self._producer.init_transactions)
-        self._made = True
+            self._coordinator.settle()
 
     @property
     def needs_replacement(self) -> bool:
@@ -304,9 +308,7 @@ class OutputProducer:
         raise Lost(message) from raised
 
     def _told(self, statistics: str) -> None:
-        # Before, what it says of looking for a coordinator is no sign that a request may have been sent twice.
-        if self._made:
-            self._coordinator.read(statistics)
+        self._coordinator.read(statistics)
         # Else it may be without any connection, because it needs none.
         if self._waits:
             clients.CONNECTIONS.told(statistics)

@@ -9,6 +9,7 @@ import pytest
 
 from stream_adapt.commit import AtLeastOnce, ExactlyOnce, Outcome
 from stream_adapt.errors import Fenced, KafkaRefused
+from stream_adapt.kafka.consumer import Positions
 from stream_adapt.kafka.producer import Abort, FencedOff, Lost, ProducerError, Undeliverable
 from stream_adapt.record import NO_SOURCE, Outputs
 
@@ -68,6 +69,7 @@ class ScriptedGroup:
     generation: int = 3
     topic: str = "events"
     commits: list[dict[int, int]] = field(default_factory=list)
+    positions: Positions = field(default_factory=Positions)  # before the batch
 
     def group_metadata(self) -> bytes:
         return b"CGMDv2:" + self.generation.to_bytes(4, "little", signed=True) + b"group\0"
@@ -77,6 +79,16 @@ class ScriptedGroup:
 
     def commit(self, next_offsets: Mapping[int, int]) -> None:
         self.commits.append(dict(next_offsets))
+
+
+def test_a_transaction_that_moves_no_offset_is_done_again_because_offsets_cannot_tell() -> None:
+    """A swap of the model alone: its offsets were committed before."""
+    group = ScriptedGroup(after_loss={0: 10}, positions=Positions({0: 10}))
+    delivery, _ = _delivery(group, {"commit": Lost("no answer")}, {})
+    assert Outcome.ABORTED is delivery.commit([], {0: 10})
+    new = ScriptedGroup(after_loss={0: 10}, positions=Positions({0: 10}, {0}))
+    delivery, _ = _delivery(new, {"commit": Lost("no answer")}, {})
+    assert Outcome.RECOVERED is delivery.commit([], {0: 10})
 
 
 def _delivery(group: ScriptedGroup, *scripts: Script) -> tuple[ExactlyOnce, list[ScriptedProducer]]:

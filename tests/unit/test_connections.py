@@ -122,7 +122,9 @@ def test_a_producer_without_connections_is_an_outage_only_while_a_call_waits(mon
 
     def client(given: dict[str, Any]) -> Refusing:
         settings.update(given)
-        return Cut(connections)
+        made = Cut(connections)
+        made._refused.add("init")  # makes no trouble
+        return made
 
     producer = OutputProducer({}, transactional_id="t", socket_timeout_s=1.0, deadline_s=5.0, client=client)
     producer.poll()

@@ -53,3 +53,13 @@ def test_a_report_without_brokers_moves_nothing() -> None:
     watch.read("{}")
     watch.read(json.dumps({"brokers": {"TxnCoordinator": {}}}))
     assert not watch.moved
+
+
+def test_what_happened_before_the_producer_was_made_does_not_move_it() -> None:
+    watch = CoordinatorWatch()
+    watch.read(report())
+    watch.read(report(disconnects=3))
+    watch.settle()
+    assert not watch.moved
+    watch.read(report(disconnects=4))
+    assert watch.moved
