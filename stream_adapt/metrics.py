@@ -339,6 +339,49 @@ FAMILIES: tuple[Family, ...] = (
         "probability",
         "How far learning from an event that has a target moved its own score, up or down.",
     ),
+    # Drift and refresh, as the controller beside this member tells, if it leads
+    Family("stream_adapt_refresh_leader", "gauge", "", "1 while this member's controller leads."),
+    Family(
+        "stream_adapt_refresh_told_timestamp_seconds",
+        "gauge",
+        "seconds",
+        "When it last told where it is, since 1970; 0: it never led.",
+    ),
+    Family(
+        "stream_adapt_refresh_state_timestamp_seconds",
+        "gauge",
+        "seconds",
+        "The state that the refresh is in, and since when, since 1970.",
+        {"state": OPEN},
+    ),
+    Family(
+        "stream_adapt_refresh_decision_timestamp_seconds",
+        "gauge",
+        "seconds",
+        "How the last refresh ended, and when, since 1970.",
+        {"outcome": OPEN},
+    ),
+    Family(
+        "stream_adapt_drift_statistic",
+        "gauge",
+        "",
+        "Mean of a drift signal over the last groups; domain is empty for all events.",
+        {"signal": OPEN, "domain": OPEN},
+    ),
+    Family(
+        "stream_adapt_drift_reference",
+        "gauge",
+        "",
+        "What the same signal was in the reference; not there while that is being gathered.",
+        {"signal": OPEN, "domain": OPEN},
+    ),
+    Family(
+        "stream_adapt_drift_alarm_timestamp_seconds",
+        "gauge",
+        "seconds",
+        "When a signal last gave an alarm to this leader, since 1970.",
+        {"signal": OPEN},
+    ),
     # What runs
     Family(
         "stream_adapt_gpu_memory_bytes",
@@ -587,6 +630,7 @@ class Metrics(Collector):
         target_level: int,
         tables: Mapping[Kind, Table],
         connections: Connections | None = None,
+        refresh: Callable[[], Mapping[str, Mapping[tuple[str, ...], float]]] = dict,
         clock: Callable[[], float] = time.time,
     ) -> None:
         """Registers every family.
@@ -597,10 +641,12 @@ class Metrics(Collector):
             target_level: from this level on the target is 1.
             tables: the rows of users and items.
             connections: what the Kafka clients say.
+            refresh: asked for the samples of drift and refresh, by family.
             clock: seconds since the epoch.
         """
         self._clock = clock
         self._connections = connections or Connections()
+        self._refresh = refresh
         self._delay = _Delay()
         self._slab = _Slab([family for family in FAMILIES if not family.is_open])
         self._open: _OpenSamples = {family.name: {} for family in FAMILIES if family.is_open}
@@ -633,6 +679,7 @@ class Metrics(Collector):
             self._open["stream_adapt_lag_records"] = {(str(p),): lag for p, lag in lags.items()}
             self._open["stream_adapt_lag_seconds"] = {(str(p),): late for p, late in behind_s.items()}
             self._open["stream_adapt_next_offset"] = {(str(p),): row.next_offset for p, row in shards.items()}
+            self._sample_refresh()
             self._open["stream_adapt_gpu_memory_bytes"] = {(device,): b for device, b in _gpu_memory().items()}
         self._publish()
 
@@ -736,6 +783,13 @@ class Metrics(Collector):
             self._slab.put("stream_adapt_slab_bytes", label, value=table.slab_bytes)
             self._slab.put("stream_adapt_index_bytes", label, value=table.index_bytes)
             self._slab.put("stream_adapt_expired_rows_total", label, value=table.expired)
+
+    def _sample_refresh(self) -> None:
+        for name, samples in self._refresh().items():
+            if name in self._open:
+                self._open[name] = dict(samples)
+            else:
+                self._slab.put(name, value=samples[()])
 
     def _count_ages(self, ages_s: npt.NDArray[np.floating[Any]]) -> None:
         """Ages `[n]` of events at their commit; a clock that is behind the producer's makes none negative."""

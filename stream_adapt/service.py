@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import replace
 from functools import partial
@@ -122,6 +122,7 @@ def _watch(config: Config, adapter: Adapter, stack: ExitStack) -> tuple[Observer
         target_level=model.spec.feedback.target_level,
         tables={Kind.USER: adapter.users, Kind.ITEM: adapter.items},
         connections=clients.CONNECTIONS,
+        refresh=partial(_refresh_samples, config.state_dir) if config.refresh.mode == "child" else dict,
     )
     health = Health(
         stalled_after_s=config.metrics.stalled_after_s,
@@ -130,6 +131,12 @@ def _watch(config: Config, adapter: Adapter, stack: ExitStack) -> tuple[Observer
     )
     server = stack.enter_context(HealthServer(registry, health, host=config.metrics.host, port=config.metrics.port))
     return Observers(metrics, health), server.port
+
+
+def _refresh_samples(folder: Path) -> Mapping[str, Mapping[tuple[str, ...], float]]:
+    from stream_adapt.refresh import status
+
+    return status.samples(status.read(folder), time.time())
 
 
 def serve(config: Config, shutdown: Shutdown, observe: Callable[[Pipeline], Observer], pace: Pace | None = None) -> int:

@@ -12,7 +12,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Protocol
 
 import msgspec
@@ -28,6 +27,7 @@ from stream_adapt.kafka import clients, properties
 from stream_adapt.kafka.errors import describe
 from stream_adapt.learning import Summary, decode
 from stream_adapt.models import Model, Registry, check_successor, read_model
+from stream_adapt.refresh import status
 from stream_adapt.refresh.decide import Comparison
 from stream_adapt.refresh.journal import Deposed, Journal
 from stream_adapt.refresh.pair import LivePair
@@ -63,20 +63,6 @@ class Training(Protocol):
     def poll(self) -> Outcome | None: ...
     def progress(self) -> Progress | None: ...
     def close(self) -> None: ...
-
-
-class Status(msgspec.Struct, frozen=True):
-    """Where the refresh is, for people and metrics: the file `refresh.json` in `state.dir`."""
-
-    leader: bool  # whether this controller leads; the rest is as the leader last wrote it
-    state: str
-    since_ms: int
-    champion: str
-    challenger: str | None
-    trigger: Trigger | None
-    last: Decision | None
-    progress: dict[str, float]  # of what is done in the state
-    written_ms: int
 
 
 @dataclass
@@ -180,7 +166,7 @@ class Controller:
         if self._lead is None:
             return
         lead, self._lead = self._lead, None
-        write_status(self._config.state_dir, msgspec.structs.replace(lead.status(), leader=False))
+        status.write(self._config.state_dir, msgspec.structs.replace(lead.status(), leader=False))
         lead.close()
         if self._owns:
             self._consumer.pause([TopicPartition(self._topic, 0)])
@@ -243,6 +229,7 @@ class Leader:
         self._looks = 0
         self._offset = 0
         self._monitor = DriftMonitor(config.drift)
+        self._alarms_ms: dict[str, int] = {}
         self._status_s = 0.0
         try:
             self._announcements.read_to_end()
@@ -295,6 +282,7 @@ class Leader:
 
     def _alarmed(self, alarms: list[Alarm]) -> None:
         for alarm in alarms:
+            self._alarms_ms[alarm.signal] = self._now()
             log.warning("drift", **{k: v for k, v in msgspec.structs.asdict(alarm).items() if k not in ("format",)})
         first = alarms[0]
         detail = f"{first.signal} {first.value:.4f}, before {first.reference:.4f}, for {first.events} events"
@@ -614,15 +602,24 @@ class Leader:
     def _tell(self) -> None:
         if self._clock() - self._status_s >= _STATUS_S:
             self._status_s = self._clock()
-            write_status(self._config.state_dir, self.status())
+            status.write(self._config.state_dir, self.status())
 
-    def status(self) -> Status:
+    def status(self) -> status.Status:
         """Where the refresh is."""
         state = self.state
-        return Status(
-            True, state.state, state.since_ms, state.champion, state.challenger, state.trigger, state.last,
-            self._progress(), self._now(),
-        )  # fmt: skip
+        return status.Status(
+            leader=True,
+            state=state.state,
+            since_ms=state.since_ms,
+            champion=state.champion,
+            challenger=state.challenger,
+            trigger=state.trigger,
+            last=state.last,
+            progress=self._progress(),
+            drift=self._monitor.statistics(),
+            alarms_ms=dict(self._alarms_ms),
+            written_ms=self._now(),
+        )
 
     def _progress(self) -> dict[str, float]:
         told: dict[str, float] = {"labelled_events": float(self._counts.labelled.total())}
@@ -634,18 +631,6 @@ class Leader:
 
     def _now(self) -> int:
         return int(self._clock() * 1000)
-
-
-def write_status(folder: Path, status: Status) -> None:
-    """Writes `refresh.json`, whole; that it cannot be written is said and changes nothing."""
-    path = folder / "refresh.json"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = path.with_suffix(".partial")
-        partial.write_bytes(msgspec.json.encode(status))
-        partial.replace(path)
-    except OSError as error:
-        log.warning("the status is not written", file=str(path), error=error.strerror)
 
 
 def _possible(state: State) -> Mapping[Event, Transition]:

@@ -11,9 +11,10 @@ from confluent_kafka import TopicPartition
 from stream_adapt.config import Config
 from stream_adapt.errors import KafkaRefused
 from stream_adapt.refresh import controller as module
-from stream_adapt.refresh.controller import Controller, Status
+from stream_adapt.refresh.controller import Controller
 from stream_adapt.refresh.journal import Deposed
 from stream_adapt.refresh.record import RefreshState
+from stream_adapt.refresh.status import Status
 
 
 class Consumer:
@@ -62,7 +63,17 @@ class FakeLeader:
             raise self.problems.pop()
 
     def status(self) -> Status:
-        return Status(True, "stable", 0, "v", None, None, None, {}, 0)
+        return Status(
+            leader=True,
+            state="stable",
+            since_ms=0,
+            champion="v",
+            challenger=None,
+            trigger=None,
+            last=None,
+            progress={},
+            written_ms=0,
+        )
 
     def close(self) -> None:
         self.closed = True
