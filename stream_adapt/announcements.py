@@ -120,7 +120,7 @@ class Announcements:
         Raises:
             KafkaRefused: there is no such topic, or its end was not reached within the deadline.
         """
-        admin = clients.admin({k: self._settings[k] for k in self._settings if not k.startswith(CONSUMERS_OWN)})
+        admin = clients.reached_admin({k: self._settings[k] for k in self._settings if not k.startswith(CONSUMERS_OWN)})
         _require(admin, self.topic)
         end = log_offsets(admin, [TopicPartition(self.topic, _PARTITION)], "latest", deadline_s)[_PARTITION]
         deadline = self._clock() + deadline_s

@@ -151,8 +151,9 @@ def serve(config: Config, shutdown: Shutdown, observe: Callable[[Pipeline], Obse
     Raises:
         ConfigError, KafkaRefused, Fenced, DeadLetterBreaker: each says what to do.
     """
+    topic_id = check_topics(config)
     with _announcements(config) as announced:
-        return _serve(config, shutdown, observe, pace or pace_of(config), announced)
+        return _serve(config, shutdown, observe, pace or pace_of(config), announced, topic_id)
 
 
 @contextmanager
@@ -172,12 +173,13 @@ def _serve(
     observe: Callable[[Pipeline], Observer],
     pace: Pace,
     announced: Announcements | None,
+    topic_id: str,
 ) -> int:
     topics = config.topic_names
     pipeline = build_pipeline(config, first_model(config, announced.history() if announced else []), topics)
     pipeline.adapter.warm_up()
     pipeline.emitter.prove()
-    topic_id = check_topics(config, _longest_row(pipeline))
+    check_changelog(clients.reached_admin(properties.common(config)), topics.changelog, _longest_row(pipeline))
     observer = observe(pipeline)
     pipeline.timer = observer.stage
     runner: Runner
@@ -408,12 +410,11 @@ def topic_specs(config: Config) -> tuple[TopicSpec, ...]:
     return product_topics(config.app.name, sizes.partitions, sizes.replication, config.topic_names)
 
 
-def check_topics(config: Config, row_bytes: int) -> str:
-    """Makes sure that every topic is there before the first record is read; returns the input topic's id.
+def check_topics(config: Config) -> str:
+    """Makes sure that every topic is there, and may be used, before anything is read; returns the input topic's id.
 
     Raises:
-        KafkaRefused: a topic is missing or may not be described, the changelog is not as it should be, or no broker
-            answers.
+        KafkaRefused: a topic is missing, a permission is, or no broker answers.
     """
     topics = config.topic_names
     admin = clients.reached_admin(properties.common(config))
@@ -427,7 +428,6 @@ def check_topics(config: Config, row_bytes: int) -> str:
             "an app.name and topics of its own; if the changelog was made by hand, make it with as many partitions"
         )
     _require_permissions(admin, config, described)
-    check_changelog(admin, topics.changelog, row_bytes)
     return str(events.topic_id)
 
 

@@ -22,7 +22,7 @@ from stream_adapt.kafka import clients, properties
 from stream_adapt.kafka.errors import describe, kafka_error
 from stream_adapt.kafka.features import finalized_features
 from stream_adapt.kafka.permissions import Permission, group_operations, of_member, to_do
-from stream_adapt.kafka.topics import CHANGELOG_CONFIG, Described, TopicSpec, describe_by_name
+from stream_adapt.kafka.topics import Described, TopicSpec, describe_by_name
 
 Level = Literal["ok", "warning", "error"]
 
@@ -186,7 +186,9 @@ _COMPACTION: Mapping[str, tuple[Callable[[str, str], bool], Level, str]] = {
 
 def _compacted(topic: _Topic) -> Iterator[Finding]:
     config = topic.config or {}
-    for name, wanted in CHANGELOG_CONFIG.items():
+    for name, wanted in topic.spec.config.items():
+        if name not in _COMPACTION:
+            continue
         does, level, lost = _COMPACTION[name]
         if does(config[name], wanted):
             yield Finding(topic.spec.name, "compaction", "ok", f"{name}={config[name]}")

@@ -55,10 +55,12 @@ def of_commands(app: str, topics: TopicNames, group: str) -> dict[str, tuple[Per
     """What the other commands need on top of what a member does; those that are not named need nothing."""
     topic, transactions, write = ResourceType.TOPIC, ResourceType.TRANSACTIONAL_ID, AclOperation.WRITE
     every = [getattr(topics, field.name) for field in fields(topics)]
+    # What only the refresh reads and writes is hidden from others without it.
+    seen = [Permission(AclOperation.DESCRIBE, topic, name) for name in (topics.alarms, topics.refresh)]
     repairing = (Permission(write, transactions, f"{app}.$state"),)
     return {
-        "topics create": tuple(Permission(AclOperation.CREATE, topic, name) for name in every),
-        "topics check": tuple(Permission(AclOperation.DESCRIBE_CONFIGS, topic, name) for name in every),
+        "topics create": (*seen, *(Permission(AclOperation.CREATE, topic, name) for name in every)),
+        "topics check": (*seen, *(Permission(AclOperation.DESCRIBE_CONFIGS, topic, name) for name in every)),
         "state reset": repairing,
         "state accept-offset": repairing,
         "state erase": (

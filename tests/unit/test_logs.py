@@ -50,7 +50,6 @@ def configured(monkeypatch: pytest.MonkeyPatch) -> Iterator[Configured]:
     def configure(form: str) -> io.StringIO:
         monkeypatch.setattr(sys, "stderr", stderr)
         logs.configure(LogSection(format=form, level="debug"))  # type: ignore[arg-type]
-        structlog.configure(cache_logger_on_first_use=False)
         return stderr
 
     yield configure
