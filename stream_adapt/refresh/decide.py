@@ -14,11 +14,13 @@ A comparison may look more than once at a growing sample; every look then has it
 from __future__ import annotations
 
 import math
-from statistics import NormalDist
 
 import msgspec
 import numpy as np
 import numpy.typing as npt
+from scipy.stats import t as student
+
+from stream_adapt.evaluate.metrics import auc
 
 Floats = npt.NDArray[np.float64]
 
@@ -53,7 +55,7 @@ class Comparison(msgspec.Struct, frozen=True):
         """What Student's t exceeds with chance `error`; infinite with too few users."""
         if self.users < FEWEST_USERS:
             return math.inf
-        return student_quantile(1.0 - error, self.users - 1)
+        return float(student.ppf(1.0 - error, self.users - 1))
 
     def figures(self) -> dict[str, float]:
         """All of it, by name; what is not finite is left out."""
@@ -87,35 +89,15 @@ def compare(
         users=count,
         log_loss_champion=float(loss_champion.mean()),
         log_loss_challenger=float(loss_challenger.mean()),
-        auc_champion=_auc(champion, targets),
-        auc_challenger=_auc(challenger, targets),
+        auc_champion=auc(champion, targets),
+        auc_challenger=auc(challenger, targets),
         gain=gain,
         standard_error=error,
         t=gain / error if error > 0 else math.copysign(math.inf, gain) if gain else 0.0,
     )
 
 
-def student_quantile(probability: float, freedom: int) -> float:
-    """Quantile of Student's t by its expansion in 1/freedom (Abramowitz and Stegun 1964, 26.7.5): within 0.01 of the
-    exact one for probabilities up to 0.999 and 19 degrees of freedom or more."""
-    z = NormalDist().inv_cdf(probability)
-    first = (z**3 + z) / 4
-    second = (5 * z**5 + 16 * z**3 + 3 * z) / 96
-    third = (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / 384
-    return z + first / freedom + second / freedom**2 + third / freedom**3
-
-
 def _losses(probabilities: Floats, targets: npt.NDArray[np.bool_]) -> Floats:
     wrong = np.where(targets, 0.0, 1.0)
     said = np.clip(np.where(np.isfinite(probabilities), probabilities, wrong), _EPSILON, 1.0 - _EPSILON)
     return -np.log(np.where(targets, said, 1.0 - said))
-
-
-def _auc(probabilities: Floats, targets: npt.NDArray[np.bool_]) -> float:
-    """Area under the ROC curve, ties counting half; NaN without both outcomes."""
-    _, group, sizes = np.unique(probabilities, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(sizes) - (sizes - 1) / 2.0)[group]
-    yes = int(targets.sum())
-    if not 0 < yes < len(targets):
-        return math.nan
-    return float((ranks[targets].sum() - yes * (yes + 1) / 2) / (yes * (len(targets) - yes)))

@@ -6,9 +6,8 @@ import math
 
 import numpy as np
 import pytest
-from scipy import stats
 
-from stream_adapt.refresh.decide import FEWEST_USERS, Comparison, compare, student_quantile
+from stream_adapt.refresh.decide import FEWEST_USERS, Comparison, compare
 
 MARGIN, ERROR = 0.0005, 0.01
 
@@ -89,9 +88,3 @@ def test_nothing_compared_decides_nothing() -> None:
     assert not nothing.beyond(0.0, ERROR)
     assert not nothing.short_of(0.0, ERROR)
     assert "log_loss_champion" not in nothing.figures()
-
-
-@pytest.mark.parametrize("probability", [0.9, 0.975, 0.99, 0.999])
-@pytest.mark.parametrize("freedom", [19, 40, 1000])
-def test_quantiles_are_students(probability: float, freedom: int) -> None:
-    assert stats.t.ppf(probability, freedom) == pytest.approx(student_quantile(probability, freedom), abs=0.01)
