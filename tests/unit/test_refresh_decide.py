@@ -6,6 +6,7 @@ import math
 
 import numpy as np
 import pytest
+from scipy import stats
 
 from stream_adapt.refresh.decide import FEWEST_USERS, Comparison, compare
 
