@@ -3,7 +3,9 @@
     states      the state machine as a table: what is done in each state, and what leads where
     record      its state, as the record that survives whoever ran it
     journal     that record in Kafka, written under one transactional.id; and what people ask for
-    controller  the leader's loop: summaries in, events of the machine out
+    controller  who leads, and what the leader is told
+    leader      what happens becomes events of the machine; what the machine wants is done
+    status      where it is, for people and metrics
     window      the newest part of the input topic, by time, as a log to train on
     training    a challenger, in a process of its own
     worker      starting that process, watching it, ending it

@@ -16,9 +16,9 @@ from stream_adapt.config import Config
 from stream_adapt.drift import Alarm
 from stream_adapt.learning import Summary
 from stream_adapt.models import Model, Registry, write_model
-from stream_adapt.refresh import controller as module
-from stream_adapt.refresh.controller import Leader
+from stream_adapt.refresh import leader as module
 from stream_adapt.refresh.decide import Comparison
+from stream_adapt.refresh.leader import Leader
 from stream_adapt.refresh.record import RefreshState, Request
 from stream_adapt.refresh.states import RESTING, State
 from stream_adapt.refresh.training import Job, Outcome
