@@ -142,6 +142,10 @@ ROWS: dict[str, tuple[Graph, ...]] = {
     "What is it made of": (
         Graph("Models served", "short", "Members by version of the model.",
               (Query("count by (version) (stream_adapt_model_info)", "{{version}}"),)),
+        Graph("Models not served", "short",
+              "Members to which another model is announced; looks at it that failed, over $window.",
+              (Query("sum by (instance) (stream_adapt_model_outdated)", "{{instance}}"),
+               Query("sum by (reason) (increase(stream_adapt_models_refused_total[$window]))", "{{reason}}"))),
         Graph("Releases", "short", "Members by release, Python and librdkafka.",
               (Query("count by (version, python, librdkafka) (stream_adapt_build_info)",
                      "{{version}}, Python {{python}}, librdkafka {{librdkafka}}"),)),

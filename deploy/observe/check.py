@@ -27,8 +27,10 @@ from confluent_kafka.admin import AdminClient
 from rich.console import Console
 from world import APP, RULES, ObserveError, Settings, World
 
+from stream_adapt.announcements import Announcement, announce
 from stream_adapt.chaos import broker as chaos_broker
 from stream_adapt.chaos.schedule import Timeouts
+from stream_adapt.config import load
 from stream_adapt.datasets import open_source
 from stream_adapt.load import endless
 from stream_adapt.models import read_model, write_model
@@ -161,6 +163,7 @@ class _Check:
             (self.two_of_one_name, {"Fenced"}, _OF_A_RESTART),
             (self.no_scores_topic, {"Aborting", "NotProgressing", "Lag"}, {"Stalled", *_OF_A_RESTART}),
             (self.a_broker_that_stands_still, {"BrokerUnreachable", "Stalled"}, {"Aborting", *_OF_A_RESTART}),
+            (self.a_model_that_is_not_there, {"ModelOutdated"}, set()),
             (self.nobody_is_scraped, {"Absent"}, set()),
         ):
             self._bring_about(situation, expected, possible)
@@ -271,6 +274,22 @@ class _Check:
         finally:
             os.kill(pid, signal.SIGCONT)
         self._recover("a")
+
+    @contextmanager
+    def a_model_that_is_not_there(self) -> Iterator[None]:
+        """A version is announced whose file nobody has copied; then the one that is served, again."""
+        config, served = load(self._world.config_of("a")).config, read_model(self._world.model).manifest
+        missing = Announcement(
+            version="20991231T235959-00000000",
+            sha256="0" * 64,
+            previous=served.version,
+            rows="carry",
+            reason="a file that nobody has",
+            decided_ms=int(time.time() * 1000),
+        )
+        announce(config, missing)
+        yield
+        announce(config, msgspec.structs.replace(missing, version=served.version, sha256=served.sha256, previous=None))
 
     @contextmanager
     def nobody_is_scraped(self) -> Iterator[None]:
