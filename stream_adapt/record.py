@@ -311,6 +311,9 @@ def joined(kind: type[_Columns], parts: Sequence[_Columns]) -> _Columns:
             values = [[]]
         if isinstance(values[0], np.ndarray):
             columns.append(np.concatenate(values))
-        else:
-            columns.append([value for part in values for value in part])
+            continue
+        if column.name == "domains" and any(values):  # a part has none where none of its events has one
+            lengths = [len(part) for part in parts]  # type: ignore[arg-type]
+            values = [said or [None] * n for said, n in zip(values, lengths, strict=True)]
+        columns.append([value for part in values for value in part])
     return kind(*columns)
