@@ -5,6 +5,7 @@ BIN := .venv/bin
 # Given to pytest, say: make test ARGS='-k topics'
 ARGS ?=
 # Tests run in so many processes, a file in one of them; each that comes to the broker tier starts a Kafka of its own.
+# Each computes in one thread: together they have more than there are cores.
 WORKERS ?= 3
 # Of make chaos.
 MINUTES ?= 8
@@ -29,7 +30,7 @@ demo: setup ## see it work: a real Kafka, real ratings, a report
 	$(BIN)/stream-adapt demo
 
 test: setup ## all tests but the slow ones; those of the broker tier on a real Kafka
-	$(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 test-slow: setup ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
