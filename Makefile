@@ -4,15 +4,16 @@ PYTHON ?= python3
 BIN := .venv/bin
 # Given to pytest, say: make test ARGS='-k topics'
 ARGS ?=
-# Tests run in so many processes, a file in one of them; each that comes to the broker tier starts a Kafka of its own.
-# Each computes in one thread: together they have more than there are cores.
+# The broker tier runs in so many processes, a file in one of them, each with a Kafka of its own: it mostly waits.
 WORKERS ?= 3
+# A process computes in one thread: together they have more than there are cores.
+PYTEST = OMP_NUM_THREADS=1 $(BIN)/python -m pytest --dist loadfile --no-loadscope-reorder
 # Of make chaos.
 MINUTES ?= 8
 SEED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-slow chaos observe observe-check lint format docs dashboard constraints clean
+.PHONY: help setup demo test test-quick test-broker test-slow chaos observe observe-check lint format docs dashboard constraints clean
 
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
@@ -29,8 +30,14 @@ setup: .venv/.installed ## install into .venv what constraints.txt pins; does no
 demo: setup ## see it work: a real Kafka, real ratings, a report
 	$(BIN)/stream-adapt demo
 
-test: setup ## all tests but the slow ones; those of the broker tier on a real Kafka
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -m 'not slow' -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
+test: test-quick test-broker ## all tests but the slow ones
+
+# Apart from each other: brokers that get no processor for seconds are not what is tested. 5: ARGS chose none of these.
+test-quick: setup ## the tests that need no broker
+	$(PYTEST) -m 'not broker and not slow' -n 2 $(ARGS) || [ $$? -eq 5 ]
+
+test-broker: setup ## those of the broker tier, on real Kafkas
+	$(PYTEST) -m 'broker and not slow' -n $(WORKERS) $(ARGS) || [ $$? -eq 5 ]
 
 test-slow: setup ## the tests that take minutes
 	$(BIN)/python -m pytest -m slow $(ARGS)
