@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import click
 import msgspec
+import structlog
 
 from stream_adapt import __version__
 from stream_adapt.errors import KafkaRefused, StreamAdaptError
@@ -960,6 +961,8 @@ def _print(value: Any, as_json: bool) -> None:
 
 def main() -> None:
     """Entry point: errors that we raise on purpose become one clear message and their exit code."""
+    # Until a command configures its log: stdout is for what was asked for.
+    structlog.configure(logger_factory=lambda *_: structlog.PrintLogger(sys.stderr))
     try:
         sys.exit(cli(standalone_mode=False))
     except StreamAdaptError as error:
