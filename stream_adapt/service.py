@@ -294,14 +294,20 @@ def _agreed_feedback(raw: object, trained: Feedback) -> Feedback:
 
 def build_pipeline(config: Config, model: Model, topics: TopicNames) -> Pipeline:
     """Decoder, adapter and emitter for one model."""
-    limits = Limits(config.input.max_bytes, config.input.max_future_s, config.input.check_key)
     formats = Formats.of(config)
     return Pipeline(
-        Decoder(model.spec.features, model.spec.feedback, limits, codec=formats.input),
+        build_decoder(config, model, formats),
         Adapter(model, config.model.device, screen_of(config), folder=rows_folder(config), ttl_s=config.state.ttl_s),
         Emitter(topics, model.version, model.spec.feedback.target_level, codec=formats.output),
         late_is_dead=config.input.late == "dead_letter",
     )
+
+
+def build_decoder(config: Config, model: Model, formats: Formats | None = None) -> Decoder:
+    """What reads the input's records, in the format and within the limits that the configuration says."""
+    limits = Limits(config.input.max_bytes, config.input.max_future_s, config.input.check_key)
+    codec = (formats or Formats.of(config)).input
+    return Decoder(model.spec.features, model.spec.feedback, limits, codec=codec)
 
 
 def rows_folder(config: Config) -> Path | None:

@@ -17,7 +17,7 @@ import structlog
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from stream_adapt.config import Config
-from stream_adapt.errors import DataError, KafkaRefused
+from stream_adapt.errors import DataError, KafkaRefused, RegistryUnreachable
 from stream_adapt.kafka import clients, properties
 from stream_adapt.kafka.errors import describe
 from stream_adapt.learning import Summary, decode
@@ -88,7 +88,7 @@ class Controller:
         """Takes in summaries, and does a piece of what is to be done."""
         try:
             self._turn()
-        except (Deposed, KafkaRefused, KafkaException) as error:
+        except (Deposed, KafkaRefused, RegistryUnreachable, KafkaException) as error:
             log.warning("the refresh begins anew where it was", problem=str(error), pause_s=self._pause_s)
             self._step_down()
             self._sleep(self._pause_s)

@@ -21,7 +21,6 @@ import xxhash
 from stream_adapt import service
 from stream_adapt.adapt import Adapter
 from stream_adapt.config import Config
-from stream_adapt.decode import Decoder, Limits
 from stream_adapt.kafka import properties
 from stream_adapt.kafka.changelog import Records
 from stream_adapt.kafka.reading import TopicReader
@@ -64,8 +63,7 @@ class SideBySide:
         screen, ttl_s = service.screen_of(config), config.state.ttl_s
         self._first = Adapter(champion, screen=screen, ttl_s=ttl_s)
         self._second = Adapter(other, screen=screen, ttl_s=ttl_s)
-        limits = Limits(config.input.max_bytes, config.input.max_future_s, config.input.check_key)
-        self._decoder = Decoder(champion.spec.features, champion.spec.feedback, limits)
+        self._decoder = service.build_decoder(config, champion)
         self._target = champion.spec.feedback.target_level
         self._from: dict[int, int] = {}
         self._users: dict[str, int] = {}
@@ -97,7 +95,12 @@ class SideBySide:
         self._from = dict(judged_from)
 
     def follow(self, raw: RawBatch) -> None:
-        """Both score and learn these records; what may be judged is kept."""
+        """Both score and learn these records; what may be judged is kept.
+
+        Raises:
+            RegistryUnreachable: they cannot be decoded now.
+        """
+        self._decoder.prepare(raw)
         for chunk in raw.chunks(_CHUNK):
             batch, _ = self._decoder(chunk)
             first, second = self._first.adapt(batch), self._second.adapt(batch)

@@ -18,7 +18,6 @@ import structlog
 
 from stream_adapt import logs, service
 from stream_adapt.config import Config
-from stream_adapt.decode import Decoder, Limits
 from stream_adapt.errors import DataError, StreamAdaptError
 from stream_adapt.kafka import properties
 from stream_adapt.kafka.reading import TopicReader
@@ -108,8 +107,7 @@ def train(job: Job, report: Any = lambda _progress: None) -> Outcome:
 
 
 def _window(config: Config, served: Model, job: Job) -> Window:
-    limits = Limits(config.input.max_bytes, config.input.max_future_s, config.input.check_key)
-    decoder = Decoder(served.spec.features, served.spec.feedback, limits)
+    decoder = service.build_decoder(config, served)
     with TopicReader(properties.common(config), config.topic("events")) as reader:
         return read_window(
             reader,

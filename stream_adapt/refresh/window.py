@@ -100,6 +100,7 @@ def _decoded(messages: Iterable[Message], decoder: Decoder) -> tuple[list[Batch]
     batches, times = [], []
     for chunk in _chunks(messages):
         raw = raw_batch(chunk)
+        decoder.prepare(raw)
         batch, _ = decoder(raw)
         written = {(m.partition(), m.offset()): m.timestamp()[1] for m in chunk}
         sources = zip(batch.partitions.tolist(), batch.offsets.tolist(), strict=True)
