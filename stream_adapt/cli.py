@@ -974,6 +974,12 @@ def load(config_path: Path | None, as_json: bool, **options: Any) -> None:
     help="Of the group, as kafka.group_protocol.",
 )
 @click.option(
+    "--refreshes/--no-refreshes",
+    default=True,
+    show_default=True,
+    help="Refresh the model meanwhile, and kill and stop those who work on that, too.",
+)
+@click.option(
     "--keep",
     type=click.Path(file_okay=False, path_type=Path),
     help="New folder for logs, configuration and Kafka's data; else they are kept only after a failure.",
