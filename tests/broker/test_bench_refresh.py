@@ -1,4 +1,4 @@
-"""`bench refresh` with small numbers: every phase comes about, on a real broker, with a real refresh and three members."""
+"""`bench refresh` with small numbers: every phase comes about, on a real broker, with a real refresh and a group."""
 
 from __future__ import annotations
 
