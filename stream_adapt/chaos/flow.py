@@ -194,7 +194,8 @@ class _Run:
         for name in self._controllers:
             self._team.start(name, self._configure(name), refreshing.COMMAND)
         kafka = self._settings.kafka.model_copy(update={"bootstrap_servers": self._broker.address})
-        past_proxy = self._settings.model_copy(update={"kafka": kafka})
+        app = self._settings.app.model_copy(update={"instance": "operator"})
+        past_proxy = self._settings.model_copy(update={"kafka": kafka, "app": app})
         self._operator = Operator(past_proxy, self._model.name)
         self._stack.callback(self._operator.close)
         events = self._settings.topic_names.events
