@@ -38,7 +38,7 @@ from stream_adapt.chaos.schedule import Action, Timeouts, draw, member_name
 from stream_adapt.chaos.watch import Watch, percentile, takeovers_s
 from stream_adapt.errors import ConfigError, KafkaRefused, StreamAdaptError
 from stream_adapt.kafka.topics import create_topics
-from stream_adapt.models import Model, Registry
+from stream_adapt.models import Model, Registry, read_model, write_model
 
 APP = "chaos"
 Protocol = Literal["classic", "consumer"]
@@ -157,12 +157,16 @@ class _Run:
 
     def _make_model(self) -> Path:
         from stream_adapt.models import LearnerSpec
-        from stream_adapt.testing.model import random_model
+        from stream_adapt.testing.model import random_model, random_weights
 
         features, feedback = load.declared(self._options.seed)
         items, columns = load.examples(self._options.seed)
         spec = LearnerSpec(features, feedback)
-        return random_model(self._folder / "models", spec, items, columns, self._options.seed)
+        path = random_model(self._folder / "models", spec, items, columns, self._options.seed)
+        first = read_model(path).manifest
+        weights = random_weights(spec, items, first.fitted, self._options.seed + 1)
+        self._second = write_model(path.parent, weights, spec, first.fitted, parent=first.version).name
+        return path
 
     def _configure(self, instance: str) -> Path:
         """Writes a member's configuration."""
@@ -196,7 +200,7 @@ class _Run:
         kafka = self._settings.kafka.model_copy(update={"bootstrap_servers": self._broker.address})
         app = self._settings.app.model_copy(update={"instance": "operator"})
         past_proxy = self._settings.model_copy(update={"kafka": kafka, "app": app})
-        self._operator = Operator(past_proxy, self._model.name)
+        self._operator = Operator(past_proxy, self._model.name, self._second)
         self._stack.callback(self._operator.close)
         events = self._settings.topic_names.events
         self._watch = Watch(self._broker.address, self._settings.group_id, events, self._options.partitions)
@@ -236,7 +240,7 @@ class _Run:
                 return team.leave(name)
             case "broker_stop" | "broker_kill":
                 return self._broker.restart(kill=action.kind == "broker_kill")
-            case "refresh" | "revert":
+            case "refresh" | "promote":
                 self._operator.do(action.kind)
                 return True
             case "controller_kill":
@@ -340,7 +344,7 @@ class _Run:
             broker_restarts=self._broker.restarts,
             proxy_faults=self._done["fault"],
             refreshes=self._operator.done.count("refresh"),
-            reverts=self._operator.done.count("revert"),
+            promotions_by_hand=self._operator.done.count("promote"),
             trainer_kills=self._trainers.kills,
             controller_kills=self._done["controller_kill"],
             controller_stops=self._done["controller_stop"],

@@ -2,7 +2,8 @@
 
     controllers   `stream-adapt refresh --follow` as processes of the team: killed and stopped like members
     trainers      their children; one that is to be killed is killed so long after it appeared
-    operator      asks for refreshes and announces the first model again, so that there is something to gain each time
+    operator      asks for refreshes, and announces models by hand: the first one again, so that there is something to
+                  gain, or a second one that was not trained either
 
 The first model knows nothing, so a challenger that was trained on the stream is better and gets promoted.
 """
@@ -15,11 +16,13 @@ import signal
 import threading
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal
 
 from stream_adapt import promotion
+from stream_adapt.announcements import Announcements
 from stream_adapt.chaos.members import Team
 from stream_adapt.config import Config
 from stream_adapt.errors import ConfigError, KafkaRefused
@@ -43,7 +46,7 @@ SETTINGS: dict[str, Any] = {
 COMMAND = ("refresh", "--follow")
 _TRAINING = b"stream_adapt.refresh.training"
 
-What = Literal["refresh", "revert"]
+What = Literal["refresh", "promote"]
 
 
 def controller_name(number: int) -> str:
@@ -54,16 +57,17 @@ def controller_name(number: int) -> str:
 class Operator:
     """Does by hand what is asked of it, one after the other, in a thread of its own: brokers may be away."""
 
-    def __init__(self, config: Config, first: str) -> None:
+    def __init__(self, config: Config, first: str, second: str) -> None:
         """Begins to wait for work.
 
         Args:
             config: with the address of the broker past the proxy.
-            first: the version that `revert` announces.
+            first: the version that everybody begins with: announced where another one is served.
+            second: announced where the first one is.
         """
         self.done: list[What] = []
         self.error: BaseException | None = None
-        self._config, self._first = config, first
+        self._config, self._first, self._second = config, first, second
         self._asked: SimpleQueue[What | None] = SimpleQueue()
         self._thread = threading.Thread(target=self._run, name="chaos-operator", daemon=True)
         self._thread.start()
@@ -80,7 +84,7 @@ class Operator:
     def _run(self) -> None:
         while (what := self._asked.get()) is not None:
             try:
-                # A broker that is away, and a model that is served already, are what chaos is about.
+                # A broker that is away, and a model that somebody announced meanwhile, are what chaos is about.
                 with contextlib.suppress(KafkaRefused, ConfigError):
                     self._do(what)
                     self.done.append(what)
@@ -90,8 +94,12 @@ class Operator:
     def _do(self, what: What) -> None:
         if what == "refresh":
             ask(self._config, "chaos")
-        else:
-            promotion.promote(self._config, self._first, "chaos")
+            return
+        with closing(Announcements(self._config)) as announced:
+            announced.read_to_end()
+            newest = announced.newest()
+        served = newest.version if newest else self._first
+        promotion.promote(self._config, self._first if served != self._first else self._second, "chaos")
 
 
 class Trainers:

@@ -36,8 +36,8 @@ class ChaosResult(msgspec.Struct):
     broker_restarts: int = 0
     proxy_faults: int = 0
     refreshes: int = 0  # asked for
-    promotions: int = 0  # announced by a controller
-    reverts: int = 0  # announced by hand
+    promotions: int = 0  # announced by a controller, rollbacks included
+    promotions_by_hand: int = 0
     trainer_kills: int = 0
     controller_kills: int = 0
     controller_stops: int = 0
@@ -89,7 +89,7 @@ def _figures(result: ChaosResult) -> list[tuple[str, str]]:
     rows = f"{result.rows_compared:,} compared with a calm run, {result.rows_different:,} different"
     scores = f"{result.scores_compared:,} compared with a calm run, {result.scores_different:,} different"
     worked = (
-        f"{result.refreshes} asked for, {result.promotions} promotions, {result.reverts} times back by hand, "
+        f"{result.refreshes} asked for, {result.promotions} promotions, {result.promotions_by_hand} by hand, "
         f"{result.swaps_scored} swaps of a partition; {result.trainer_kills} trainings and {result.controller_kills} "
         f"controllers killed, {result.controller_stops} stopped"
     )

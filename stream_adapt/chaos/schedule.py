@@ -15,7 +15,7 @@ import numpy as np
 
 Kind = Literal[
     "kill", "stop", "join", "leave", "broker_stop", "broker_kill", "fault",
-    "refresh", "revert", "controller_kill", "controller_stop", "trainer_kill",
+    "refresh", "promote", "controller_kill", "controller_stop", "trainer_kill",
 ]  # fmt: skip
 
 #: Mean seconds between two actions of a kind. 48 kills and six restarts of the broker in eight minutes: a member
@@ -27,7 +27,7 @@ BROKER_EVERY_S = 80.0
 FAULT_EVERY_S = 12.0
 #: With refreshes: one takes a quarter of a minute where nobody is killed, and half of them are to come to an end.
 REFRESH_EVERY_S = 15.0
-REVERT_EVERY_S = 40.0
+PROMOTE_EVERY_S = 40.0
 CONTROLLER_KILL_EVERY_S = 30.0
 CONTROLLER_STOP_EVERY_S = 60.0
 TRAINER_KILL_EVERY_S = 45.0
@@ -146,8 +146,8 @@ def _refreshes(
 
     for at_s in _spread(random, end_s, REFRESH_EVERY_S):
         yield Action(at_s, "refresh")
-    for at_s in _spread(random, end_s, REVERT_EVERY_S):
-        yield Action(at_s, "revert")
+    for at_s in _spread(random, end_s, PROMOTE_EVERY_S):
+        yield Action(at_s, "promote")
     for at_s in _spread(random, end_s, CONTROLLER_KILL_EVERY_S):
         yield Action(at_s, "controller_kill", someone())
     for at_s in _spread(random, end_s, CONTROLLER_STOP_EVERY_S):

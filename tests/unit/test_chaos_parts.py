@@ -164,7 +164,7 @@ def test_the_operator_counts_what_it_did_and_keeps_what_went_wrong(monkeypatch: 
             raise answer
 
     monkeypatch.setattr(refreshing, "ask", asked)
-    operator = Operator(Config(), "v")
+    operator = Operator(Config(), "v", "w")
     for _ in range(3):
         operator.do("refresh")
     operator.close()
