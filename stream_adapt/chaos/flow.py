@@ -32,7 +32,7 @@ from stream_adapt.chaos.broker import Broker
 from stream_adapt.chaos.load import Load
 from stream_adapt.chaos.members import Team
 from stream_adapt.chaos.network import Network, kinds
-from stream_adapt.chaos.refreshing import CONTROLLERS, Operator, Trainers, controller_name
+from stream_adapt.chaos.refreshing import CONTROLLERS, Operator, Reaper, controller_name
 from stream_adapt.chaos.report import ChaosResult
 from stream_adapt.chaos.schedule import Action, Timeouts, draw, member_name
 from stream_adapt.chaos.watch import Watch, percentile, takeovers_s
@@ -124,7 +124,7 @@ class _Run:
         windows = (_AWAY_WINDOW_S, _FENCED_TIMEOUTS * self._timeouts.transaction_s)
         self._team = Team(folder, _environment(), windows)
         self._controllers = [controller_name(n) for n in range(CONTROLLERS if options.refreshes else 0)]
-        self._trainers = Trainers(self._team)
+        self._reaper = Reaper(self._team)
 
     def run(self) -> ChaosResult:
         options, faults = self._options, kinds(self._timeouts)
@@ -163,9 +163,12 @@ class _Run:
         items, columns = load.examples(self._options.seed)
         spec = LearnerSpec(features, feedback)
         path = random_model(self._folder / "models", spec, items, columns, self._options.seed)
-        first = read_model(path).manifest
-        weights = random_weights(spec, items, first.fitted, self._options.seed + 1)
-        self._second = write_model(path.parent, weights, spec, first.fitted, parent=first.version).name
+        first = read_model(path)
+        fitted, f = first.manifest.fitted, first.weights.implicit_item
+        weights = random_weights(spec, items, fitted, self._options.seed + 1)
+        # Rows hold sums of f: a model with another one could not take its place.
+        weights = msgspec.structs.replace(weights, implicit_item=f)
+        self._second = write_model(path.parent, weights, spec, fitted, parent=first.version).name
         return path
 
     def _configure(self, instance: str) -> Path:
@@ -244,11 +247,12 @@ class _Run:
                 self._operator.do(action.kind)
                 return True
             case "controller_kill":
-                return team.kill(name)
+                self._reaper.kill_controller(name)
+                return True
             case "controller_stop":
                 return team.stop(name, action.for_s, notable=True)
             case "trainer_kill":
-                self._trainers.kill_next(action.for_s)
+                self._reaper.kill_training(action.for_s)
                 return True
             case "fault":
                 self._network.inject(action.fault, name, action.for_s)
@@ -298,7 +302,7 @@ class _Run:
     def _turn(self, doing: str = "", seconds: float = _TURN_S) -> None:
         self._team.tend()
         self._network.tend()
-        self._trainers.tend()
+        self._reaper.tend()
         self._live.update(self._line(doing), refresh=False)
         time.sleep(seconds)
 
@@ -345,8 +349,8 @@ class _Run:
             proxy_faults=self._done["fault"],
             refreshes=self._operator.done.count("refresh"),
             promotions_by_hand=self._operator.done.count("promote"),
-            trainer_kills=self._trainers.kills,
-            controller_kills=self._done["controller_kill"],
+            trainer_kills=self._reaper.trainings,
+            controller_kills=self._reaper.controllers,
             controller_stops=self._done["controller_stop"],
             skipped=self._skipped,
             takeovers=len(takeovers),
@@ -364,6 +368,7 @@ class _Run:
         left_out = self._broker.markers_left_out()
         result.markers_left_out = len(left_out)
         result.notes = [f"the broker left transaction markers out, so doubles there are its own: {e}" for e in left_out]
+        result.notes += [f"not done by hand: {what}" for what in self._operator.refused]
         return result
 
     def _compare_rows(self, result: ChaosResult, scores: list[Message]) -> None:

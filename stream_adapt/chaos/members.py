@@ -166,6 +166,11 @@ class Team:
             self.troubles.frozen.setdefault(name, []).append((now, now + seconds))
         return True
 
+    def age_s(self, name: str) -> float:
+        """How long somebody has been running; 0 if it is not just now."""
+        member = self.members.get(name)
+        return time.monotonic() - member.started_at if member is not None and self._runs(member) else 0.0
+
     def tend(self) -> None:
         """What a supervisor does: notices ends, restarts, resumes the stopped, loses patience with who will not go."""
         now = time.monotonic()

@@ -46,6 +46,9 @@ SETTINGS: dict[str, Any] = {
 COMMAND = ("refresh", "--follow")
 _TRAINING = b"stream_adapt.refresh.training"
 
+#: A controller is killed at this age at the earliest: it was imported, has joined the group, and may lead.
+_GROWN_S = 20.0
+
 What = Literal["refresh", "promote"]
 
 
@@ -66,6 +69,7 @@ class Operator:
             second: announced where the first one is.
         """
         self.done: list[What] = []
+        self.refused: list[str] = []
         self.error: BaseException | None = None
         self._config, self._first, self._second = config, first, second
         self._asked: SimpleQueue[What | None] = SimpleQueue()
@@ -84,10 +88,10 @@ class Operator:
     def _run(self) -> None:
         while (what := self._asked.get()) is not None:
             try:
-                # A broker that is away, and a model that somebody announced meanwhile, are what chaos is about.
-                with contextlib.suppress(KafkaRefused, ConfigError):
-                    self._do(what)
-                    self.done.append(what)
+                self._do(what)
+                self.done.append(what)
+            except (KafkaRefused, ConfigError) as error:  # the broker was away, or somebody else announced another one
+                self.refused.append(f"{what}: {error}")
             except Exception as error:  # noqa: BLE001 - a fault of the run, told at its end
                 self.error = error
 
@@ -102,30 +106,40 @@ class Operator:
         promotion.promote(self._config, self._first if served != self._first else self._second, "chaos")
 
 
-class Trainers:
-    """Kills trainings."""
+class Reaper:
+    """Kills controllers and trainings, but not before they have come as far as to have something to lose."""
 
     def __init__(self, team: Team) -> None:
-        self.kills = 0
+        self.trainings = self.controllers = 0  # killed
         self._team = team
+        self._due: list[str] = []  # controllers whose kill waits until they are old enough
         self._delays: list[float] = []  # of kills that wait for a training, the next one first
         self._seen: dict[int, float] = {}  # by process: when it was first seen
 
-    def kill_next(self, after_s: float) -> None:
+    def kill_training(self, after_s: float) -> None:
         """The next training is killed so long after it is first seen."""
         self._delays.append(after_s)
 
+    def kill_controller(self, name: str) -> None:
+        """A controller is killed once it has lived long enough."""
+        self._due.append(name)
+
     def tend(self) -> None:
         """Kills whoever has lived long enough."""
-        if not self._delays:
-            return
+        for name in [n for n in self._due if self._team.age_s(n) >= _GROWN_S]:
+            self._due.remove(name)
+            self.controllers += self._team.kill(name)
+        if self._delays:
+            self._tend_trainings()
+
+    def _tend_trainings(self) -> None:
         now, running = time.monotonic(), set(self._running())
         self._seen = {pid: self._seen.get(pid, now) for pid in running}
         for pid, since in self._seen.items():
             if self._delays and now - since >= self._delays[0]:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-                    self.kills += 1
+                    self.trainings += 1
                     self._delays.pop(0)
 
     def _running(self) -> Iterator[int]:

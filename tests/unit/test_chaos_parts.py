@@ -16,7 +16,7 @@ import pytest
 from stream_adapt.chaos import load, refreshing
 from stream_adapt.chaos.load import ID_HEADER, REASON_HEADER, Record, records
 from stream_adapt.chaos.members import Member, Team, Troubles, judge, tracebacks
-from stream_adapt.chaos.refreshing import Operator, Trainers, trainings_of
+from stream_adapt.chaos.refreshing import Operator, Reaper, trainings_of
 from stream_adapt.chaos.watch import Sample, percentile, takeovers_s
 from stream_adapt.config import Config
 from stream_adapt.decode import REASONS, Decoder
@@ -141,18 +141,33 @@ def test_the_training_of_a_controller_is_killed_when_its_time_has_come(tmp_path:
         deadline = time.monotonic() + 30
         while trainings_of(controller.pid) != [training]:
             assert time.monotonic() < deadline
-        trainers = Trainers(team)
-        trainers.tend()
-        assert 0 == trainers.kills
-        trainers.kill_next(60.0)
-        trainers.tend()
+        reaper = Reaper(team)
+        reaper.tend()
+        reaper.kill_training(60.0)
+        reaper.tend()
         assert [training] == trainings_of(controller.pid)
-        trainers = Trainers(team)
-        trainers.kill_next(0.0)
-        trainers.tend()
-        assert (1, "-9") == (trainers.kills, controller.stdout.readline().strip())
-        trainers.tend()
-        assert 1 == trainers.kills
+        assert 0 == reaper.trainings
+        reaper = Reaper(team)
+        reaper.kill_training(0.0)
+        reaper.tend()
+        assert (1, "-9") == (reaper.trainings, controller.stdout.readline().strip())
+        reaper.tend()
+        assert 1 == reaper.trainings
+
+
+def test_a_controller_is_killed_when_it_is_old_enough(tmp_path: Path) -> None:
+    team = Team(tmp_path, {}, (1.0, 1.0))
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as controller:
+        now = time.monotonic()
+        team.members["c0"] = Member("c0", (), tmp_path, tmp_path, controller, now)
+        reaper = Reaper(team)
+        reaper.kill_controller("c0")
+        reaper.tend()
+        assert (0, None) == (reaper.controllers, controller.poll())
+        team.members["c0"].started_at = now - 60.0
+        reaper.tend()
+        assert (1, -signal.SIGKILL) == (reaper.controllers, controller.wait(30))
+        assert 0.0 == team.age_s("c0")
 
 
 def test_the_operator_counts_what_it_did_and_keeps_what_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -169,4 +184,5 @@ def test_the_operator_counts_what_it_did_and_keeps_what_went_wrong(monkeypatch: 
         operator.do("refresh")
     operator.close()
     assert ["refresh"] == operator.done
+    assert ["refresh: the broker is away"] == operator.refused
     assert isinstance(operator.error, ValueError)
