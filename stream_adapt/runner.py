@@ -19,7 +19,9 @@ The way of a shard, the rows of one partition:
     | live      | a turn                             | its records, in the batch: scores, rows and offsets | live      |
     | any       | revoked or lost (in a poll)        | drop its rows, cancel its restore                   | –         |
 
-Rebalances happen in polls alone, and nothing is in flight there.
+Rebalances happen in polls alone, and nothing is in flight there. Where there is more than a batch holds, the next one
+is polled before this one is handled (`ahead.py`); if partitions are taken away in a poll, what is held is let go and
+read again.
 
 Another model is served from the start of a turn on. A shard's control row names the model that its rows are of; where
 that is another one than the one served, the shard's next transaction — an empty one, if need be — does to its rows what
@@ -209,10 +211,8 @@ class Runner:
     def turn(self) -> None:
         """One batch: poll, process, commit or put back."""
         self._follow()
-        started = time.perf_counter()
         limit = self._quarantine.limit(self._pace.max_batch, self._consumer.positions.next_offsets)
         raw, decoded = self._gather(limit)
-        self._observer.stage("poll", time.perf_counter() - started)
         self._observer.polled(len(raw))
         starts = self._starts()
         if len(raw) or starts:
@@ -304,13 +304,18 @@ class Runner:
 
     def _gather(self, limit: int) -> tuple[RawBatch, list[Decoded]]:
         """The next batch, and how far it is decoded. If there is more than fits, the batch after it is held."""
+        started = time.perf_counter()
         raw, decoded = self._ahead.take()
+        taken = time.perf_counter()
         holding, self._taken_away = len(raw) > 0, False
+        if holding:
+            self._observer.stage("decode", taken - started)
         more = self._consumer.poll(limit - len(raw), 0.0 if holding else self._patience_s(), raw.next_offsets)
         raw = raw.followed_by(more)
         if len(raw) == limit == self._pace.max_batch and not self._restorer.unfinished:
             holding = True
             self._ahead.hold(self._consumer.poll(limit, 0.0, raw.next_offsets))
+        self._observer.stage("poll", time.perf_counter() - taken)
         if holding and self._taken_away:
             # Some of it may belong to another member now: all of it is read again.
             self._ahead.drop()
