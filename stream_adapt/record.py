@@ -150,6 +150,23 @@ class RawBatch:
     def __len__(self) -> int:
         return len(self.values)
 
+    @classmethod
+    def empty(cls) -> RawBatch:
+        """No records."""
+        return cls([], [], np.zeros(0, np.int32), np.zeros(0, np.int64))
+
+    def followed_by(self, more: RawBatch) -> RawBatch:
+        """These records, then those."""
+        if not len(self) or not len(more):
+            return self if len(self) else more
+        return RawBatch(
+            [*self.keys, *more.keys],
+            [*self.values, *more.values],
+            np.concatenate([self.partitions, more.partitions]),
+            np.concatenate([self.offsets, more.offsets]),
+            [*self.messages, *more.messages],
+        )
+
     def headers(self, i: int) -> Headers:
         """Headers of record i; looked at for the few records that are refused."""
         return (self.messages[i].headers() or ()) if self.messages else ()

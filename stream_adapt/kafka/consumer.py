@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -43,6 +44,10 @@ _REFUSED = {
         "set the group's offsets by hand to where to go on"
     ),
 }
+
+
+#: No record waits for its transaction.
+NOTHING_HELD: Mapping[int, int] = MappingProxyType({})
 
 
 @dataclass
@@ -92,11 +97,16 @@ class InputConsumer:
         self._consumer = clients.consumer({**properties, **statistics}, self._gate)
         self._consumer.subscribe([topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
 
-    def poll(self, max_records: int, timeout_s: float) -> RawBatch:
+    def poll(self, max_records: int, timeout_s: float, held: Mapping[int, int] = NOTHING_HELD) -> RawBatch:
         """Up to `max_records` records of owned partitions, at most `timeout_s` after the call.
 
         Records of partitions that were taken away while the batch was gathered, and records that were handed out
         before a rewind, are left out: their next owner, or the next batch, has them.
+
+        Args:
+            max_records: at most so many.
+            timeout_s: at most so long.
+            held: by partition, the offset behind records that were polled and are not committed yet.
 
         Raises:
             KafkaRefused: the topic, the group or the position cannot be read; says what to do.
@@ -122,7 +132,10 @@ class InputConsumer:
             np.array([m.offset() for m in records], dtype=np.int64),
             records,
         )
-        due = due_records(raw.partitions, raw.offsets, self.positions.next_offsets)
+        expected = self.positions.next_offsets
+        if held:
+            expected = {p: held.get(p, offset) for p, offset in expected.items()}
+        due = due_records(raw.partitions, raw.offsets, expected)
         return raw if due is None else raw.take(due)
 
     def group_metadata(self) -> bytes:
