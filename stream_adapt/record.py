@@ -187,7 +187,8 @@ class RawBatch:
     @property
     def next_offsets(self) -> dict[int, int]:
         """By partition: the last offset of the batch + 1."""
-        return dict(zip(self.partitions.tolist(), (self.offsets + 1).tolist(), strict=True))
+        ends = np.flatnonzero(np.diff(self.partitions, append=-1))  # of runs of records of one partition
+        return dict(zip(self.partitions[ends].tolist(), (self.offsets[ends] + 1).tolist(), strict=True))
 
 
 @dataclass(frozen=True, slots=True)

@@ -87,6 +87,7 @@ class InputConsumer:
         self.paused: set[int] = set()
         self._start = start
         self._ends: dict[int, int] = {}
+        self._handed_out: dict[int, int] = {}  # by partition: behind the last record that `poll` returned
         self._listener = listener
         self._leaving = False
         self._repeated = clients.Repeated()
@@ -136,7 +137,9 @@ class InputConsumer:
         if held:
             expected = {p: held.get(p, offset) for p, offset in expected.items()}
         due = due_records(raw.partitions, raw.offsets, expected)
-        return raw if due is None else raw.take(due)
+        raw = raw if due is None else raw.take(due)
+        self._handed_out.update(raw.next_offsets)
+        return raw
 
     def group_metadata(self) -> bytes:
         """The member's identity in the group, to be sent with the offsets."""
@@ -164,6 +167,7 @@ class InputConsumer:
             KafkaRefused: the consumer cannot be moved within the deadline.
         """
         self._ends.clear()
+        self._handed_out.clear()
         self._seek(self.positions.next_offsets.keys() - self.paused)
 
     def _seek(self, partitions: Collection[int]) -> None:
@@ -192,12 +196,13 @@ class InputConsumer:
         """Records between each owned partition's next offset and its end, as far as fetching has seen.
 
         The end of the log lies beyond the last record when that is followed by transaction markers or by records that
-        were aborted or are not committed yet; there the consumer itself says that it has seen the end.
+        were aborted or are not committed yet; there the consumer itself says that it has seen the end, and what was
+        polled and is not committed yet is all there is.
         """
         lags = {}
         for partition, position in self.positions.next_offsets.items():
             if self._ends.get(partition, -1) >= position:
-                lags[partition] = 0
+                lags[partition] = max(self._handed_out.get(partition, 0) - position, 0)
                 continue
             _, high = self._consumer.get_watermark_offsets(TopicPartition(self.topic, partition), cached=True)
             if high >= 0:
@@ -277,6 +282,7 @@ class InputConsumer:
         for partition in numbers:
             del self.positions.next_offsets[partition]
             self._ends.pop(partition, None)
+            self._handed_out.pop(partition, None)
             self.positions.uncommitted_start.discard(partition)
             self.paused.discard(partition)
         if numbers:  # none, where a member that is told to stop while it joins is given partitions first
