@@ -251,7 +251,7 @@ class RefreshSettings(_Section):
     window_events: int = Field(500_000, ge=1_000, le=100_000_000, description="The newest of these, at most.")
     training_s: Positive = Field(600, description="Time for a training; one that takes twice that is killed.")
     threads: int = Field(1, ge=1, le=256, description="Threads of a training.")
-    nice: int = Field(10, ge=0, le=19, description="Niceness of a training, and of a controller beside a member.")
+    nice: int = Field(10, ge=0, le=19, description="Niceness of a training.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Of a training; auto: CUDA where there is one.")
     seed: int = Field(0, ge=0, description="Of a training.")
     shadow_events: int = Field(

@@ -62,8 +62,7 @@ def _supervise(
 
 
 def _start(config: Config, command: Sequence[str]) -> subprocess.Popen[bytes]:
-    whole = dying_with_parent(command, config.refresh.nice)  # comparing models can wait, the loop cannot
-    child = subprocess.Popen(whole, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen(dying_with_parent(command), stdin=subprocess.PIPE, stdout=subprocess.DEVNULL)
     assert child.stdin is not None
     try:
         child.stdin.write(config.model_dump_json().encode())
@@ -86,13 +85,11 @@ def main() -> int:
     """The child."""
     from stream_adapt import logs
     from stream_adapt.errors import StreamAdaptError
-    from stream_adapt.local import be_nice
     from stream_adapt.refresh.controller import Controller
     from stream_adapt.shutdown import Shutdown, StopAtOnce
 
     config = Config.model_validate(json.load(sys.stdin))
     logs.configure(config.log)
-    be_nice(config.refresh.nice)
     shutdown = Shutdown()
     try:
         with shutdown.installed():
