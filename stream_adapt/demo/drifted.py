@@ -20,13 +20,13 @@ from stream_adapt.refresh.states import RESTING, State
 
 #: The change comes after this share of the stream: a reference has to be gathered before, and there has to be time for
 #: a refresh after.
-_PLACE = 0.25
+_PLACE = 0.2
 #: Of the member. Where they differ from the defaults it is because the stream has no more than some minutes: a shorter
 #: reference, and seconds of training.
 SETTINGS: Mapping[str, Mapping[str, Any]] = MappingProxyType(
     {
         "drift": {"reference_events": 8_192},
-        "refresh": {"mode": "child", "training_s": 20, "shadow_events": 2_000},
+        "refresh": {"mode": "child", "settle_events": 8_192, "training_s": 20, "shadow_events": 2_000},
     }
 )
 
@@ -84,7 +84,7 @@ class Story:
         self.drift_at = drift_at
         self.alarms: list[Mark] = []
         self.state: RefreshState | None = None
-        self._topics = topics
+        self.topics = topics
         self._now_ms = now_ms
         self._news: list[str] = []
         self._known: set[str] = set()  # versions whose first score was told; also that the drift was
@@ -92,7 +92,7 @@ class Story:
     def add(self, messages: Iterable[Message]) -> None:
         """Takes in what was read of both topics."""
         for message in messages:
-            if message.topic() == self._topics.alarms:
+            if message.topic() == self.topics.alarms:
                 self._alarmed(Alarm.from_bytes(message.value() or b""))
             elif message.key() == STATE_KEY and message.value() is not None:
                 self._moved(RefreshState.decode(message.value() or b"", f"{message.topic()}@{message.offset()}"))
@@ -120,7 +120,7 @@ class Story:
 
     def marks(self, tally: Tally) -> list[Mark]:
         """All of it in order, for the picture."""
-        return sorted([Mark(self.drift_at, "drift"), *self.alarms, *_swaps(tally)])
+        return sorted({Mark(self.drift_at, "drift"), *self.alarms, *_swaps(tally)})
 
     def standing(self) -> str:
         """Where the refresh is, in a line."""
@@ -129,7 +129,7 @@ class Story:
             return "no word of the refresh yet"
         if state.state in RESTING:
             last = state.last
-            return f"{state.state}: {last.outcome}: {last.reason}" if last else str(state.state)
+            return f"{last.outcome.replace('_', ' ')}: {last.reason}" if last else str(state.state)
         since_s = max(self._now_ms() - state.since_ms, 0) / 1000
         return f"{state.state} for {since_s:.0f} s: {_STATES[state.state]}"
 
@@ -144,7 +144,7 @@ class Story:
 
     def _moved(self, state: RefreshState) -> None:
         before, self.state = self.state, state
-        if before is None or state.state is before.state:
+        if state.state is (before.state if before is not None else State.STABLE):
             return
         if state.state is State.PROMOTED:
             of = state.figures

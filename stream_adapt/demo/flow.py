@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -39,7 +40,7 @@ _STALLED_S = 60.0
 _READ_S = 0.05
 _END_TIMEOUT_S = 30.0
 #: The pace, if none is given: all events in so many seconds. With a drift there has to be time for a training.
-_SECONDS, _SECONDS_WITH_DRIFT = 30.0, 150.0
+_SECONDS, _SECONDS_WITH_DRIFT = 30.0, 180.0
 #: Scores in the topic have seven digits.
 _EQUAL = 1e-6
 
@@ -166,20 +167,15 @@ class _Demo:
         reader = self._stack.enter_context(Reader(settings, [place.topics.scores, place.topics.dead_letters]))
         beside = self._stack.enter_context(Reader(settings, [place.topics.alarms, place.topics.refresh]))
         story = Story(place.topics, drift_at) if drift_at is not None else None
-
-        def told() -> list[str]:
-            if story is None:
-                return []
-            story.add(beside.read(0.0))
-            return story.news(tally)
-
         member = self._start_member(place)
+        if story is not None:
+            self._await_controller(story, beside, member)
         pace_s = self._options.pace_s
         feed = self._stack.enter_context(
             Feed(settings, place.topics.events, events, None if pace_s is None else len(events) / pace_s)
         )
         with View(self._console, self._stage(place, followed, len(events)), tally, story) as view:
-            elapsed_s = _flow(feed, reader, member, tally, view, told)
+            elapsed_s = _flow(feed, reader, member, tally, view, partial(_news, story, beside, tally))
         member.stop()
         tally.add(reader.read_to_end(_END_TIMEOUT_S))
         if story is not None:
@@ -240,6 +236,21 @@ class _Demo:
         self._say("member", f"stream-adapt run, {place.settings.delivery}; its log: {place.log}")
         self._say("metrics", place.metrics_url)
         return member
+
+    def _await_controller(self, story: Story, reader: Reader, member: Member) -> None:
+        """Until somebody leads the refresh: what is due then is not to be late because a process starts.
+
+        Raises:
+            DemoError: nobody does for a long time. MemberError: the member ended.
+        """
+        deadline = time.monotonic() + _STALLED_S
+        with self._console.status("starting the refresh controller"):
+            while story.state is None:
+                story.add(reader.read(_READ_S))
+                member.check()
+                if time.monotonic() > deadline:
+                    raise DemoError(f"nobody leads the refresh after {_STALLED_S:g} s.{member.log_tail()}")
+        self._say("refresh", f"leads; alarms and states: {story.topics.alarms}, {story.topics.refresh}")
 
     def _stage(self, place: Place, followed: Followed, events: int) -> Stage:
         title = f"stream-adapt · {self._options.source} · {self._broker} · {place.settings.delivery}"
@@ -377,8 +388,17 @@ def _flow(feed: Feed, reader: Reader, member: Member, tally: Tally, view: View, 
     return tally.last_at - began
 
 
+def _news(story: Story | None, reader: Reader, tally: Tally) -> list[str]:
+    """What became of the drift since the last call, if there is one."""
+    if story is None:
+        return []
+    story.add(reader.read(0.0))
+    return story.news(tally)
+
+
 def _next_commands(model: Path) -> list[tuple[str, str]]:
     return [
+        ("stream-adapt demo --drift", "the world changes on the way, and the model is refreshed; some minutes"),
         ("stream-adapt demo movielens-1m", "ten times the events; pretraining takes some minutes"),
         ("stream-adapt demo LOG.csv --mapping MAPPING.yaml", "your own log"),
         ("stream-adapt broker --port 9092", "an Apache Kafka of your own, to be left running; then, beside it:"),
