@@ -122,6 +122,11 @@ class Story:
         """All of it in order, for the picture."""
         return sorted({Mark(self.drift_at, "drift"), *self.alarms, *_swaps(tally)})
 
+    @property
+    def under_way(self) -> bool:
+        """Whether a refresh had begun and not ended."""
+        return self.state is not None and self.state.state not in RESTING
+
     def standing(self) -> str:
         """Where the refresh is, in a line."""
         state = self.state

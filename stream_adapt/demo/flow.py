@@ -323,6 +323,8 @@ class _Demo:
         told += [f"refreshed model from {promoted_at:,} on"] if promoted_at is not None else ["no refreshed model"]
         self._say("drift", f"after {story.drift_at:,} of {result.events:,} events; {', '.join(told)}")
         self._say("refresh", story.standing())
+        if promoted_at is None and story.under_way:
+            self._say("", f"the stream was over before: --seconds {2 * (self._options.pace_s or 0):g} gives it longer")
         return DriftResult(
             **msgspec.structs.asdict(result),
             drift_at=story.drift_at,
