@@ -548,7 +548,9 @@ def _objective_options(command: Callable[..., Any]) -> Callable[..., Any]:
 @_source_options
 @click.option("--drift", is_flag=True, help="The world changes on the way, and the model is refreshed.")
 @click.option("--fast", is_flag=True, help="As fast as the loop goes, instead of a pace that a person can watch.")
-@click.option("--seconds", type=float, show_default="30, with --drift 180", help="With a pace: all events in so many.")
+@click.option(
+    "--seconds", type=float, default=None, help="With a pace: all events in so many seconds; 30, with --drift 240."
+)
 @click.option("--partitions", default=4, show_default=True, type=click.IntRange(min=1), help="Of the input topic.")
 @click.option("--bootstrap-servers", help="A broker of yours; an embedded Apache Kafka if not given.")
 @click.option(

@@ -91,10 +91,12 @@ class Story:
 
     def add(self, messages: Iterable[Message]) -> None:
         """Takes in what was read of both topics."""
+        messages = list(messages)
         for message in messages:
-            if message.topic() == self.topics.alarms:
+            if message.topic() == self.topics.alarms:  # written together with the states that they lead to
                 self._alarmed(Alarm.from_bytes(message.value() or b""))
-            elif message.key() == STATE_KEY and message.value() is not None:
+        for message in messages:
+            if message.topic() == self.topics.refresh and message.key() == STATE_KEY and message.value() is not None:
                 self._moved(RefreshState.decode(message.value() or b"", f"{message.topic()}@{message.offset()}"))
 
     def news(self, tally: Tally) -> list[str]:
@@ -137,6 +139,12 @@ class Story:
             return f"{last.outcome.replace('_', ' ')}: {last.reason}" if last else str(state.state)
         since_s = max(self._now_ms() - state.since_ms, 0) / 1000
         return f"{state.state} for {since_s:.0f} s: {_STATES[state.state]}"
+
+    def ending(self) -> list[str]:
+        """How the last refresh ended, if one did, and where another one is, a line each."""
+        last = self.state.last if self.state else None
+        ended = [f"{last.outcome.replace('_', ' ')}: {last.reason}"] if last else []
+        return [*ended, self.standing()] if self.under_way or not ended else ended
 
     def _alarmed(self, alarm: Alarm) -> None:
         # Offsets of the input count its events: the topic is new, and nobody else writes to it.

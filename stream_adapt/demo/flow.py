@@ -40,7 +40,7 @@ _STALLED_S = 60.0
 _READ_S = 0.05
 _END_TIMEOUT_S = 30.0
 #: The pace, if none is given: all events in so many seconds. With a drift there has to be time for a training.
-_SECONDS, _SECONDS_WITH_DRIFT = 30.0, 180.0
+_SECONDS, _SECONDS_WITH_DRIFT = 30.0, 240.0
 #: Scores in the topic have seven digits.
 _EQUAL = 1e-6
 
@@ -322,9 +322,12 @@ class _Demo:
         told = [f"alarm after {story.alarm_at:,}"] if story.alarm_at is not None else ["no alarm"]
         told += [f"refreshed model from {promoted_at:,} on"] if promoted_at is not None else ["no refreshed model"]
         self._say("drift", f"after {story.drift_at:,} of {result.events:,} events; {', '.join(told)}")
-        self._say("refresh", story.standing())
+        for line in story.ending():
+            self._say("refresh", line)
         if promoted_at is None and story.under_way:
-            self._say("", f"the stream was over before: --seconds {2 * (self._options.pace_s or 0):g} gives it longer")
+            self._say(
+                "", f"the stream was over too soon; --seconds {2 * (self._options.pace_s or 0):g} gives it longer"
+            )
         return DriftResult(
             **msgspec.structs.asdict(result),
             drift_at=story.drift_at,

@@ -65,7 +65,7 @@ def _write(figure: Figure, path: Path) -> None:
 
 def _over_time(axes: Axes, curves: Curves, values: Mapping[str, np.ndarray], what: str) -> None:
     for name, column in values.items():
-        axes.plot(curves.events, column, color=_COLOURS[name], label=name)
+        axes.plot(curves.events, column, color=_COLOURS[name], label=name, zorder=3 if name == ADAPTED else 2)
     below = values.get(UNREFRESHED, values[FROZEN])
     axes.fill_between(curves.events, values[ADAPTED], below, color=_COLOURS[ADAPTED], alpha=0.1)
     axes.set_title(f"{what} of the last {curves.window:,} events", fontsize="medium")

@@ -80,8 +80,7 @@ class View:
 
     def say(self, line: str) -> None:
         """A line that stays, above the frame."""
-        self._console.print(f"{self._tally.outputs:>9,}", style="bold yellow", end="  ")
-        self._console.print(line, markup=False)
+        self._console.print(Text.assemble((f"{self._tally.outputs:>9,}  ", "bold yellow"), line), soft_wrap=True)
 
     def _follow(self, adapted: Figures, frozen: Figures) -> None:
         """Another point of the sparklines, when the next part of the stream is through."""

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Any
 
 import msgspec
 import numpy as np
 import pytest
+from rich.console import Console
 
 from stream_adapt.datasets.source import STARS, Source
 from stream_adapt.demo import drifted, plot, unrefreshed
 from stream_adapt.demo.drifted import Mark, Story
 from stream_adapt.demo.flow import DemoOptions
-from stream_adapt.demo.prepare import Data
+from stream_adapt.demo.prepare import Data, Followed
 from stream_adapt.demo.tally import UNREFRESHED, ReadScore, Tally
+from stream_adapt.demo.view import Stage, View
 from stream_adapt.drift import Alarm
 from stream_adapt.models import LearnerSpec
 from stream_adapt.record import ItemId, TopicNames, UserEvent, UserId
@@ -137,7 +140,28 @@ def test_each_step_is_news_once(story: Story, tally: Tally) -> None:
 
 def test_a_refusal_says_why(story: Story, tally: Tally) -> None:
     story.add([state(State.SHADOW), state(State.REJECTED, last=Decision("rejected", 0, "no better"))])
-    assert ["rejected: no better"] == story.news(tally)[-1:]
+    assert ["rejected: no better"] == story.news(tally)[-1:] == story.ending()
+
+
+def test_at_the_end_a_refresh_that_is_under_way_is_told_beside_the_one_that_ended(story: Story) -> None:
+    assert ["no word of the refresh yet"] == story.ending()
+    story.add([state(State.COOLING, since_ms=8_000, last=Decision("rolled_back", 0, "it was worse"))])
+    ended, standing = story.ending()
+    assert ("rolled back: it was worse", "cooling for 2 s") == (ended, standing.split(":")[0])
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_the_view_shows_where_the_refresh_is_and_keeps_the_news(story: Story, tally: Tally, terminal: bool) -> None:
+    console = Console(file=io.StringIO(), force_terminal=terminal, width=120)
+    tally.add([score(n) for n in range(60)])
+    story.add([state(State.TRAINING, since_ms=4_000)])
+    with View(console, Stage("title", "where", len(IDS), Followed("u", {})), tally, story) as view:
+        for line in story.news(tally):
+            view.say(line)
+        view.show(60, last=True)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "the world changes after 40 events" in shown
+    assert terminal == ("training for 6 s" in shown)
 
 
 def test_the_last_quarter_is_that_of_the_stream(tally: Tally) -> None:
@@ -171,5 +195,5 @@ def test_the_picture_has_every_curve_and_mark(tally: Tally, story: Story, tmp_pa
 def test_a_drift_keeps_its_pace_whatever_else_is_asked_for() -> None:
     assert DemoOptions(as_json=True).pace_s is None
     assert DemoOptions().pace_s == 30
-    assert DemoOptions(drift=True, as_json=True).pace_s == 180
+    assert DemoOptions(drift=True, as_json=True).pace_s == 240
     assert DemoOptions(drift=True, seconds=60).pace_s == 60
