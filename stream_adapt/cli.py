@@ -568,7 +568,7 @@ def demo(as_json: bool, **options: Any) -> None:
 
     Fetches SOURCE, pretrains on its first half, starts a broker and `stream-adapt run` as its own process, streams the
     second half in the order of time, and shows how well adapted scores do against frozen ones. All that it shows is
-    read from the output topics by a consumer of its own; that every event has exactly one output is checked by id.
+    read from topics by a consumer of its own; that every event has exactly one output is checked by id.
     With --json it runs fast and prints one object. Leaves nothing behind but the plot and the caches.
 
     With --drift items are taken for one another from a fifth of the stream on. The member detects it, trains a

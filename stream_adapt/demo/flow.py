@@ -24,7 +24,7 @@ from rich.console import Console
 
 from stream_adapt.demo import drifted, place, prepare
 from stream_adapt.demo.drifted import Story
-from stream_adapt.demo.member import Member
+from stream_adapt.demo.member import READY_TIMEOUT_S, Member
 from stream_adapt.demo.place import Place
 from stream_adapt.demo.prepare import Data, Followed
 from stream_adapt.demo.tally import ADAPTED, UNREFRESHED, Floats, Tally
@@ -243,13 +243,13 @@ class _Demo:
         Raises:
             DemoError: nobody does for a long time. MemberError: the member ended.
         """
-        deadline = time.monotonic() + _STALLED_S
+        deadline = time.monotonic() + READY_TIMEOUT_S
         with self._console.status("starting the refresh controller"):
             while story.state is None:
                 story.add(reader.read(_READ_S))
                 member.check()
                 if time.monotonic() > deadline:
-                    raise DemoError(f"nobody leads the refresh after {_STALLED_S:g} s.{member.log_tail()}")
+                    raise DemoError(f"nobody leads the refresh after {READY_TIMEOUT_S:g} s.{member.log_tail()}")
         self._say("refresh", f"leads; alarms and states: {story.topics.alarms}, {story.topics.refresh}")
 
     def _stage(self, place: Place, followed: Followed, events: int) -> Stage:
@@ -381,7 +381,7 @@ def _flow(feed: Feed, reader: Reader, member: Member, tally: Tally, view: View, 
         feed.step()
         tally.add(reader.read(_READ_S if feed.done or feed.paced else 0.0))
         member.check()
-        if feed.produced > tally.outputs and time.monotonic() - tally.last_at > _STALLED_S:
+        if feed.produced > tally.outputs and time.monotonic() - max(tally.last_at, began) > _STALLED_S:
             raise DemoError(
                 f"{feed.produced:,} events are in, {tally.outputs:,} outputs are out, and none came for "
                 f"{_STALLED_S:g} s.{member.log_tail()}"

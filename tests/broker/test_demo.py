@@ -174,9 +174,10 @@ QUICK = {
 }
 
 
+@pytest.mark.timeout(400)
 def test_a_drift_on_the_way_is_scored_once_more_without_a_refresh_and_agrees(desk: Desk, own_broker: str) -> None:
     demo = desk.start(as_json=True, bootstrap_servers=own_broker, drift=True, seconds=8.0)
-    out, said = demo.communicate(timeout=180)
+    out, said = demo.communicate(timeout=360)
     assert demo.returncode == 0, said
     result = json.loads(out)
     assert EVENTS // 10 == result["drift_at"]
@@ -190,7 +191,7 @@ def test_a_drift_on_the_way_is_scored_once_more_without_a_refresh_and_agrees(des
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(600)
+@pytest.mark.timeout(700)
 def test_a_drift_on_the_way_is_detected_and_a_refreshed_model_does_better(desk: Desk, own_broker: str) -> None:
     events = source(Synthetic(seed=3, events=32_000, drift="none", users=500, items=150)).events()
     # Without features an id is all there is to know an item by.
@@ -204,7 +205,7 @@ def test_a_drift_on_the_way_is_detected_and_a_refreshed_model_does_better(desk: 
         seconds=120.0,
         settings=QUICK,
     )
-    out, said = demo.communicate(timeout=540)
+    out, said = demo.communicate(timeout=660)
     assert demo.returncode == 0, said
     result = json.loads(out)
     assert 3_200 == result["drift_at"]
