@@ -202,7 +202,7 @@ def test_a_drift_on_the_way_is_detected_and_a_refreshed_model_does_better(desk: 
         as_json=True,
         bootstrap_servers=own_broker,
         drift=True,
-        seconds=120.0,
+        seconds=180.0,
         settings=QUICK,
     )
     out, said = demo.communicate(timeout=660)
