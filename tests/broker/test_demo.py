@@ -174,6 +174,7 @@ QUICK = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_a_drift_on_the_way_is_scored_once_more_without_a_refresh_and_agrees(desk: Desk, own_broker: str) -> None:
     demo = desk.start(as_json=True, bootstrap_servers=own_broker, drift=True, seconds=8.0)
