@@ -152,8 +152,8 @@ class InputSection(_Section):
         2, ge=1, le=100, description="A record at which the process died so often, handled alone, is a dead letter."
     )
     latency_ms: Positive = Field(50, le=10_000, description="Longest wait for a batch to fill.")
-    format: Literal["json", "avro"] = Field(
-        "json", description="Of the events. avro: by registry.url; slower than JSON."
+    format: Literal["json", "avro", "protobuf"] = Field(
+        "json", description="Of the events. avro, protobuf: by registry.url; slower than JSON."
     )
     feedback: dict[str, Any] | None = Field(
         None,
@@ -164,8 +164,8 @@ class InputSection(_Section):
 class OutputSection(_Section):
     """What is written."""
 
-    format: Literal["json", "avro"] = Field(
-        "json", description="Of scores and receipts. avro: by registry.url; slower than JSON."
+    format: Literal["json", "avro", "protobuf"] = Field(
+        "json", description="Of scores and receipts. avro, protobuf: by registry.url; slower than JSON."
     )
 
 
