@@ -1,4 +1,4 @@
-"""A member that reads and writes Avro or Protobuf: every event once, and nothing is refused because the registry is away."""
+"""A member that reads and writes Avro or Protobuf: every event once, also when the registry goes away."""
 
 from __future__ import annotations
 
