@@ -29,6 +29,8 @@ from stream_adapt.restore import Expected, Restorer
 from stream_adapt.state.row import CONTROL_KEY, ROW_FORMAT, ControlRow, Kind, Layout
 
 RELEASES = sorted(path for path in (Path(__file__).parents[1] / "data" / "releases").iterdir() if path.is_dir())
+#: The clock of all recordings.
+RECORDED_MS = 1_800_000_000_000
 #: Releases may round differently: their compiled steps need not be the same to the last bit.
 CLOSE = {"rtol": 1e-4, "atol": 1e-6}
 
@@ -90,7 +92,7 @@ def test_rows_of_a_release_come_back_and_go_on_as_they_would_have_there(release:
     told, model = recording(release), read_model(release / "models")
     adapter, control = restored(release, model)
     assert (told.half, model.version, "topic-1") == (control.next_offset, control.model_version, control.topic_id)
-    decoder = Decoder(model.spec.features, model.spec.feedback)
+    decoder = Decoder(model.spec.features, model.spec.feedback, now_ms=lambda: RECORDED_MS)
     emitter = Emitter(TopicNames.of("app"), model.version, model.spec.feedback.target_level)
     pipeline = Pipeline(decoder, adapter, emitter)
     work = pipeline(raw(told.events[told.half :], told.half))
