@@ -6,6 +6,7 @@ A folder is a release, named by its commit; `record.py` there wrote it, with tha
 from __future__ import annotations
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,13 @@ from stream_adapt import learning
 from stream_adapt.adapt import Adapter
 from stream_adapt.announcements import Announcement
 from stream_adapt.decode import Decoder
-from stream_adapt.drift import Alarm
+from stream_adapt.drift import ALARM_FORMAT, Alarm
 from stream_adapt.emit import Emitter
+from stream_adapt.learning import LEARNING_FORMAT
 from stream_adapt.models import MODEL_FORMAT, Model, read_model
 from stream_adapt.pipeline import Pipeline
 from stream_adapt.record import RawBatch, Score, TopicNames
+from stream_adapt.refresh.record import FORMAT as REFRESH_FORMAT
 from stream_adapt.refresh.record import RefreshState, Request
 from stream_adapt.restore import Expected, Restorer
 from stream_adapt.state.row import CONTROL_KEY, ROW_FORMAT, ControlRow, Kind, Layout
@@ -130,3 +133,16 @@ def test_other_records_of_a_release_are_read(release: Path) -> None:
     for kind, values in recording(release).others.items():
         for value in values:
             assert json.loads(value).items() <= json.loads(msgspec.json.encode(read[kind](value))).items()
+
+
+def test_the_readme_says_which_formats_there_are() -> None:
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    formats = {
+        "rows and control rows": ROW_FORMAT,
+        "models: manifest": MODEL_FORMAT,
+        "where a refresh is": REFRESH_FORMAT,
+        "learning records, alarms": LEARNING_FORMAT,
+    }
+    assert LEARNING_FORMAT == ALARM_FORMAT
+    for what, number in formats.items():
+        assert re.search(rf"^\| {what}[^|]*\| {number} \|", text, re.MULTILINE), what
