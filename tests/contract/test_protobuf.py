@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 import uuid
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +19,15 @@ from google.protobuf.message_factory import GetMessageClass
 from google.protobuf.struct_pb2 import DESCRIPTOR as STRUCT
 from google.protobuf.timestamp_pb2 import DESCRIPTOR as TIMESTAMP
 from google.protobuf.wrappers_pb2 import DESCRIPTOR as WRAPPERS
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from registry_server import registry_server
 from test_codecs import decoder, raw
 
+from stream_adapt.codecs import NotDecoded
 from stream_adapt.codecs.protobuf import SCHEMAS, ProtobufInput, ProtobufOutput, file_descriptor
 from stream_adapt.codecs.registry import Registry
+from stream_adapt.decode import REASONS
 from stream_adapt.learner.encoder import Bag, Numeric, Vector
 from stream_adapt.record import UserEvent
 
@@ -56,7 +62,7 @@ def written(registry: Registry, source: FileDescriptorProto, message: str, *othe
     from confluent_kafka.schema_registry.protobuf import ProtobufSerializer
     from confluent_kafka.serialization import MessageField, SerializationContext
 
-    from stream_adapt.codecs.framed import settings
+    from stream_adapt.codecs import framed
 
     pool = DescriptorPool()
     for known in (STRUCT, TIMESTAMP, WRAPPERS):
@@ -64,7 +70,7 @@ def written(registry: Registry, source: FileDescriptorProto, message: str, *othe
     for one in (*others, source):
         pool.Add(one)
     kind = GetMessageClass(pool.FindMessageTypeByName(f"shop.{message}"))
-    serialize = ProtobufSerializer(kind, registry.client, settings(registry))
+    serialize = ProtobufSerializer(kind, registry.client, framed.settings(registry))
     value = serialize(kind(**values), SerializationContext(f"t-{uuid.uuid4()}", MessageField.VALUE))
     assert value is not None
     return value
@@ -248,6 +254,23 @@ def test_what_is_wrong_with_a_schema_or_its_value_is_said(
     _, dead = read(registry, make(registry))
     assert [reason] == [found for found, _ in dead]
     assert re.search(detail, dead[0][1]), dead
+
+
+@cache
+def _codec() -> ProtobufInput:
+    return ProtobufInput(Registry("mock://any-bytes", {}, register=True), "events")
+
+
+@settings(deadline=None)
+@given(st.binary(min_size=1, max_size=200))
+def test_whatever_the_bytes_are_they_are_read_or_refused(payload: bytes) -> None:
+    codec = _codec()
+    value = codec.event(UserEvent(**GOOD))[:5] + payload
+    codec.prepare([value])
+    try:
+        assert isinstance(json.loads(codec.to_json(value)), dict)
+    except NotDecoded as refusal:
+        assert refusal.reason in REASONS
 
 
 def test_nesting_has_a_limit(registry: Registry) -> None:
