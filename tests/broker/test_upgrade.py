@@ -14,6 +14,7 @@ import signal
 import subprocess
 import sys
 import tarfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -102,7 +103,13 @@ def test_members_are_replaced_by_a_newer_build_one_by_one_and_back_again(
 
     def replace(name: str, command: tuple[str, ...], sent_signal: int = signal.SIGTERM) -> None:
         assert (0 if sent_signal == signal.SIGTERM else -sent_signal) == app.stop(members[name], sent_signal), app.log()
+        log = instances[name].with_suffix(".log")
+        so_far = log.read_text().count("partitions assigned")
         members[name] = app.start(config=instances[name], command=command)
+        deadline = time.monotonic() + 180
+        while log.read_text().count("partitions assigned") == so_far:  # it has its share before events flow again
+            assert time.monotonic() < deadline, app.log()[-3000:]
+            time.sleep(0.1)
         go_on()
 
     go_on()
