@@ -32,7 +32,7 @@ def learned(app: App) -> int:
 
 
 def wait_until_learned(app: App, events: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 180
     while learned(app) < events:
         assert time.monotonic() < deadline, app.log()[-3000:]
         time.sleep(0.05)
