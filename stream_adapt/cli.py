@@ -818,7 +818,7 @@ def bench_step(as_json: bool) -> None:
 @bench.command("formats")
 @_json_option
 def bench_formats(as_json: bool) -> None:
-    """Microseconds that reading an event and writing a score cost in each format. Needs the extra `registry`."""
+    """Microseconds that reading an event and writing a score cost in each format. Needs the extra `protobuf`."""
     from stream_adapt.bench_formats import format_cost
 
     costs = format_cost()
@@ -826,7 +826,7 @@ def bench_formats(as_json: bool) -> None:
     if not as_json:
         for name, cost in costs.items():
             click.echo(
-                f"{name:<6} decode {cost.decode_us:.2f} us, emit {cost.emit_us:.2f} us; "
+                f"{name:<8} decode {cost.decode_us:.2f} us, emit {cost.emit_us:.2f} us; "
                 f"{cost.event_bytes:.0f} bytes an event, {cost.score_bytes:.0f} a score"
             )
 
