@@ -80,14 +80,19 @@ def test_each_alert_is_raised_when_it_is_due_and_not_before() -> None:
     ran("promtool", "test", "rules", str(RULES.parent / "rules_test.yaml"))
 
 
-def test_every_alert_has_its_section_in_the_readme_and_says_how_bad_it_is() -> None:
+def test_every_alert_has_its_section_in_the_readme_and_its_panel_and_says_how_bad_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    links = script(monkeypatch, "grafana/build.py").links()
+    panels = {panel["id"]: panel for panel in json.loads(DASHBOARD.read_text())["panels"]}
     headings = set(re.findall(r"^#+ (StreamAdapt\w+)$", (ROOT / "README.md").read_text(), re.MULTILINE))
     alerts = {rule["alert"]: rule for rule in rules() if "alert" in rule}
 
-    assert alerts.keys() == headings
+    assert alerts.keys() == headings == links.keys()
     for name, rule in alerts.items():
         assert f"README.md#{name.lower()}" == rule["annotations"]["runbook"]
-        assert "/d/stream-adapt" == rule["annotations"]["dashboard"]
+        assert links[name] == rule["annotations"]["dashboard"]
+        assert "row" != panels[int(links[name].partition("viewPanel=")[2])]["type"]
         assert rule["labels"]["severity"] in {"critical", "warning"}
         assert rule["annotations"]["summary"].endswith(".")
 
@@ -121,7 +126,7 @@ def test_the_dashboard_is_what_its_builder_writes(monkeypatch: pytest.MonkeyPatc
 
 def test_every_panel_says_what_it_shows_and_judges_the_chosen_application_alone() -> None:
     panels = json.loads(DASHBOARD.read_text())["panels"]
-    assert 4 == sum(panel["type"] == "row" for panel in panels)
+    assert 5 == sum(panel["type"] == "row" for panel in panels)
     for panel in panels:
         for target in panel.get("targets", ()):
             names = re.findall(r"\b(?:stream_adapt|process)_\w+(\{[^}]*\})?", target["expr"])
