@@ -30,7 +30,8 @@ OTHERS = {"up", "ALERTS", "process_resident_memory_bytes", "process_cpu_seconds_
 #: Every optional part of the chart, and what values refer to.
 EVERYTHING = (
     "serviceMonitor.enabled=true,prometheusRule.enabled=true,dashboard.enabled=true,secretFiles={kafka-tls},"
-    "secretEnv.SASL_PASSWORD.secret=kafka,secretEnv.SASL_PASSWORD.key=password,gpu.nvidia\\.com/gpu=1"
+    "secretEnv.SASL_PASSWORD.secret=kafka,secretEnv.SASL_PASSWORD.key=password,gpu.nvidia\\.com/gpu=1,"
+    "refresh.enabled=true,refresh.imageTag=cuda,refresh.gpu.nvidia\\.com/gpu=1"
 )
 #: Of the Prometheus operator; kubernetes-validate has no schemas of it.
 OPERATORS = {"ServiceMonitor", "PrometheusRule"}
@@ -229,6 +230,28 @@ def test_pods_have_stable_names_secrets_by_reference_and_nothing_to_write_but_vo
     assert "/readyz" == container["readinessProbe"]["httpGet"]["path"]
     assert 1 == container["resources"]["limits"]["nvidia.com/gpu"]
     assert not [d for d in found if d["kind"] == "Secret"]
+
+
+def test_the_refresh_is_a_workload_of_its_own_with_a_gpu_and_members_have_nothing_to_write_models_with() -> None:
+    found = rendered("--set", EVERYTHING)
+    refresh = next(d for d in found if d["kind"] == "Deployment")
+    members = next(d for d in found if d["kind"] == "StatefulSet")
+    (container,) = refresh["spec"]["template"]["spec"]["containers"]
+    labels = refresh["spec"]["template"]["metadata"]["labels"]
+    service = next(d for d in found if d["kind"] == "Service")
+
+    assert ["refresh", "--follow"] == container["args"][:2]
+    assert container["image"].endswith(":cuda")
+    assert 1 == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert [False, True] == [_models_are_read_only(one) for one in (refresh, members)]
+    assert not service["spec"]["selector"].items() <= labels.items(), "nobody scrapes it as a member"
+    assert not [d for d in rendered() if d["kind"] == "Deployment"], "unless it is asked for"
+
+
+def _models_are_read_only(workload: dict[str, Any]) -> bool:
+    pod = workload["spec"]["template"]["spec"]
+    (mount,) = (m for m in pod["containers"][0]["volumeMounts"] if m["name"] == "models")
+    return bool(mount.get("readOnly"))
 
 
 def test_the_chart_ships_the_rules_and_the_dashboard_as_they_are() -> None:
