@@ -20,6 +20,7 @@ from rich.console import Console
 from world import Settings, World
 
 from stream_adapt import logs
+from stream_adapt.config import LogSection
 from stream_adapt.errors import StreamAdaptError
 from stream_adapt.shutdown import Shutdown, StopAtOnce
 
@@ -70,6 +71,7 @@ def main() -> int:
     options = parser.parse_args()
     folder = options.keep or Path(tempfile.mkdtemp(prefix="stream-adapt-observe-"))
     folder.mkdir(parents=True, exist_ok=True)
+    logs.configure(LogSection())  # stdout is for the one JSON object
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     kept = options.keep is not None
     try:
