@@ -108,7 +108,7 @@ class Judged:
     alerts: list[str] = field(default_factory=list)
     alerts_fired: list[str] = field(default_factory=list)
     alerts_false: list[str] = field(default_factory=list)
-    refresh: str = ""  # how the one ended that nothing happened to
+    refresh: str = ""  # how the one ended that was left alone, and those that followed it
 
     @property
     def ok(self) -> bool:
@@ -327,8 +327,12 @@ class _Check:
         yield
         over.set()
         killer.join()
-        self._judged.refresh = world.refresh_now()
-        self._console.print(f"  the next refresh: {self._judged.refresh}")
+        began = time.time()
+        world.refresh_now()
+        time.sleep(2 * SCRAPE_S)
+        ended = self._prometheus.over(_DECIDED, began, time.time())
+        self._judged.refresh = ", ".join(sorted(series["metric"]["outcome"] for series in ended))
+        self._console.print(f"  left alone: {self._judged.refresh}")
 
     @contextmanager
     def a_controller_that_hangs(self) -> Iterator[None]:
@@ -433,6 +437,7 @@ class _Check:
         self._console.print(what)
 
 
+_DECIDED = 'stream_adapt_refresh_decision_timestamp_seconds{outcome!="failed"}'
 #: What is normal, as somebody says who leads now.
 _KNOWN = (
     'max(stream_adapt_drift_reference{signal="excess_loss"})'
