@@ -64,6 +64,7 @@ _REFRESH = {
     "settle_events": 1_000,
     "window_events": 12_000,
     "training_s": 15,
+    "nice": 0,
     "shadow_events": 1_500,
     "watch_events": 2_000,
     "error": 0.1,

@@ -329,7 +329,9 @@ class Leader:
             case Action.ANNOUNCE:
                 assert before.challenger is not None
                 announcement = self._announcement(before.challenger, before.champion, reason)
-                changed = changed.changed(champion=before.challenger, former=before.champion)
+                # An alarm that came meanwhile was about the former champion; what holds on is seen anew.
+                pending = None if before.pending and before.pending.kind == "alarm" else before.pending
+                changed = changed.changed(champion=before.challenger, former=before.champion, pending=pending)
             case Action.RETURN:
                 assert before.former is not None
                 announcement = self._announcement(before.former, before.champion, reason)

@@ -299,6 +299,24 @@ def test_who_asks_need_not_wait_and_is_remembered_while_a_refresh_is_under_way(s
     assert 2 == len(stage.turns(10, labelled=0).started_ms) == len(stage.jobs)
 
 
+@pytest.mark.parametrize(("kind", "trainings"), [("alarm", 1), ("asked", 2)])
+def test_a_promotion_answers_alarms_that_came_meanwhile_and_not_who_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, trainings: int
+) -> None:
+    stage = Stage(tmp_path, monkeypatch, cooldown_s=0)
+    stage.turns(alarms=(ALARM,))
+    while stage.state.state is not State.SHADOW:
+        stage.turns()
+    if kind == "asked":
+        stage.kafka.request = Request("meanwhile", 0)
+        stage.turns()
+    else:
+        stage.turns(alarms=(ALARM,))
+    state = stage.turns(60)
+    assert state.last is not None
+    assert trainings == len(stage.jobs)
+
+
 def test_the_schedule_counts_from_the_last_refresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path, monkeypatch, every_s=500, cooldown_s=0)
     stage.outcome = Outcome(reason="nothing")
