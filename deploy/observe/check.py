@@ -125,7 +125,7 @@ class Judged:
 
 
 def run_check(folder: Path, console: Console) -> Judged:
-    """Minutes: eleven on two busy cores.
+    """Minutes: ten on two busy cores.
 
     Raises:
         StreamAdaptError: something could not be started, or does not recover.

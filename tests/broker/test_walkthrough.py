@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 HEADING = "## An operator's walk-through"
 #: As the README has them: of the broker and of two members.
 PORTS = ("9092", "9464", "9465")
-TIMEOUT_S = 1_200
+TIMEOUT_S = 1_800
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow, pytest.mark.timeout(TIMEOUT_S + 60)]
 
