@@ -546,8 +546,11 @@ def _objective_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @cli.command()
 @_source_options
+@click.option("--drift", is_flag=True, help="The world changes on the way, and the model is refreshed.")
 @click.option("--fast", is_flag=True, help="As fast as the loop goes, instead of a pace that a person can watch.")
-@click.option("--seconds", default=30.0, show_default=True, help="With a pace: all events in so many seconds.")
+@click.option(
+    "--seconds", type=float, default=None, help="With a pace: all events in so many seconds; 30, with --drift 240."
+)
 @click.option("--partitions", default=4, show_default=True, type=click.IntRange(min=1), help="Of the input topic.")
 @click.option("--bootstrap-servers", help="A broker of yours; an embedded Apache Kafka if not given.")
 @click.option(
@@ -565,8 +568,12 @@ def demo(as_json: bool, **options: Any) -> None:
 
     Fetches SOURCE, pretrains on its first half, starts a broker and `stream-adapt run` as its own process, streams the
     second half in the order of time, and shows how well adapted scores do against frozen ones. All that it shows is
-    read from the output topics by a consumer of its own; that every event has exactly one output is checked by id.
+    read from topics by a consumer of its own; that every event has exactly one output is checked by id.
     With --json it runs fast and prints one object. Leaves nothing behind but the plot and the caches.
+
+    With --drift items are taken for one another from a fifth of the stream on. The member detects it, trains a
+    challenger beside the loop, and promotes it if it is better; at the end all events are scored once more without
+    that. This takes a pace, also with --json: the stream has to last longer than the training.
     """
     from stream_adapt.demo import DemoOptions, run_demo
 
