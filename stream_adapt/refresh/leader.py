@@ -230,6 +230,8 @@ class Leader:
             return None
         figures = {**self.state.figures, **outcome.figures}
         self.state = self.state.changed(figures=figures)
+        if outcome.no_better:
+            return Event.NOT_BETTER, outcome.reason
         if outcome.challenger is None:
             return Event.FAILED, outcome.reason or "the training made no challenger and does not say why"
         self.state = self.state.changed(challenger=outcome.challenger, trained_until=outcome.trained_until)
@@ -327,14 +329,16 @@ class Leader:
             case Action.ANNOUNCE:
                 assert before.challenger is not None
                 announcement = self._announcement(before.challenger, before.champion, reason)
-                changed = changed.changed(champion=before.challenger, former=before.champion)
+                # An alarm that came meanwhile was about the former champion; what holds on is seen anew.
+                pending = None if before.pending and before.pending.kind == "alarm" else before.pending
+                changed = changed.changed(champion=before.challenger, former=before.champion, pending=pending)
             case Action.RETURN:
                 assert before.former is not None
                 announcement = self._announcement(before.former, before.champion, reason)
                 changed = self._closed(changed, "rolled_back", reason).changed(champion=before.former)
             case Action.CLOSE:
                 outcome: Outcomes = "promoted" if before.state is State.WATCHING else "rejected"
-                changed = self._closed(changed, outcome, reason)
+                changed = self._closed(changed, outcome, reason, failed=outcome == "rejected" and event is Event.FAILED)
             case Action.YIELD:
                 changed = changed.changed(
                     champion=champion, former=former, challenger=None, trigger=None, trained_until={}, figures={}
@@ -357,12 +361,12 @@ class Leader:
                 self._monitor.restart("another model is served")
             self._enter()
 
-    def _closed(self, state: RefreshState, outcome: Outcomes, reason: str) -> RefreshState:
+    def _closed(self, state: RefreshState, outcome: Outcomes, reason: str, *, failed: bool = False) -> RefreshState:
         """A refresh has ended: with a version that was in service, or with a challenger that never was."""
         served = self.state.former is not None
         champion = self.state.former if served else self.state.champion
         challenger = self.state.champion if served else self.state.challenger
-        last = Decision(outcome, self._now(), reason, state.trigger, champion or "", challenger, state.figures)
+        last = Decision(outcome, self._now(), reason, state.trigger, champion or "", challenger, state.figures, failed)
         return state.changed(last=last, ended_ms=self._now(), trigger=None, challenger=None, former=None)
 
     def _announcement(self, version: str, previous: str, reason: str) -> Announcement:

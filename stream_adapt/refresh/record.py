@@ -41,6 +41,7 @@ class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
     champion: str = ""
     challenger: str | None = None
     figures: dict[str, float] = {}
+    failed: bool = False  # rejected because something did not work, and not because it was no better
 
 
 class RefreshState(msgspec.Struct, frozen=True, kw_only=True):

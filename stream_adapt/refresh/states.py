@@ -88,7 +88,10 @@ _BACK = Transition(State.ROLLED_BACK, Action.RETURN)
 TABLE: dict[State, dict[Event, Transition]] = {
     **dict.fromkeys(RESTING, _RESTING),
     State.COOLING: _busy(State.COOLING, {Event.COOLED: Transition(State.TRAINING)}),
-    State.TRAINING: _busy(State.TRAINING, {Event.TRAINED: Transition(State.SHADOW), Event.FAILED: _REJECTED}),
+    State.TRAINING: _busy(
+        State.TRAINING,
+        {Event.TRAINED: Transition(State.SHADOW), Event.NOT_BETTER: _REJECTED, Event.FAILED: _REJECTED},
+    ),
     State.SHADOW: _busy(
         State.SHADOW,
         {

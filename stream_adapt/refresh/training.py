@@ -47,6 +47,7 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
     reason: str = ""
     figures: dict[str, float] = {}
     trained_until: dict[int, int] = {}
+    no_better: bool = False  # it did what it should, and found nothing that helps
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -91,7 +92,7 @@ def train(job: Job, report: Any = lambda _progress: None) -> Outcome:
             window.log, served, how, settings.device, newer=window.newer if job.newer else None, progress=told
         )
     except refine.NoBetter as found:
-        return Outcome(reason=str(found), figures=_finite(found.figures))
+        return Outcome(reason=str(found), figures=_finite(found.figures), no_better=True)
     folder = write_model(
         registry.path,
         trained.weights,

@@ -232,16 +232,17 @@ def test_only_a_better_challenger_goes_live_and_one_that_gets_worse_goes_back(
 
 
 @pytest.mark.parametrize(
-    ("outcome", "reason"),
+    ("outcome", "reason", "failed"),
     [
-        (Outcome(reason="killed"), "killed"),
-        (Outcome(), "does not say why"),
-        (Outcome("no-such-version"), "no-such-version"),
-        (Outcome("../../etc"), "is no version"),
+        (Outcome(reason="killed"), "killed", True),
+        (Outcome(), "does not say why", True),
+        (Outcome("no-such-version"), "no-such-version", True),
+        (Outcome("../../etc"), "is no version", True),
+        (Outcome(reason="0.5 is no less than 0.4", no_better=True), "no less than", False),
     ],
 )
 def test_a_training_without_a_sound_challenger_is_rejected_with_the_reason(
-    stage: Stage, outcome: Outcome, reason: str
+    stage: Stage, outcome: Outcome, reason: str, failed: bool
 ) -> None:
     stage.outcome = outcome
     stage.turns(alarms=(ALARM,))
@@ -249,6 +250,7 @@ def test_a_training_without_a_sound_challenger_is_rejected_with_the_reason(
     assert (State.REJECTED, stage.champion) == (state.state, state.champion)
     assert state.last is not None
     assert reason in state.last.reason
+    assert failed is state.last.failed
     assert all(training.closed for training in stage.trainings)
 
 
@@ -295,6 +297,24 @@ def test_who_asks_need_not_wait_and_is_remembered_while_a_refresh_is_under_way(s
     assert 2 == len(stage.jobs)
     assert "second" == state.request
     assert 2 == len(stage.turns(10, labelled=0).started_ms) == len(stage.jobs)
+
+
+@pytest.mark.parametrize(("kind", "trainings"), [("alarm", 1), ("asked", 2)])
+def test_a_promotion_answers_alarms_that_came_meanwhile_and_not_who_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, trainings: int
+) -> None:
+    stage = Stage(tmp_path, monkeypatch, cooldown_s=0)
+    stage.turns(alarms=(ALARM,))
+    while stage.state.state is not State.SHADOW:
+        stage.turns()
+    if kind == "asked":
+        stage.kafka.request = Request("meanwhile", 0)
+        stage.turns()
+    else:
+        stage.turns(alarms=(ALARM,))
+    state = stage.turns(60)
+    assert state.last is not None
+    assert trainings == len(stage.jobs)
 
 
 def test_the_schedule_counts_from_the_last_refresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,6 +14,7 @@ BY_OTHERS = {Event.REPLACED, Event.REVERTED}
 LEADS = {
     (State.COOLING, Event.COOLED): (State.TRAINING, Action.NONE),
     (State.TRAINING, Event.TRAINED): (State.SHADOW, Action.NONE),
+    (State.TRAINING, Event.NOT_BETTER): (State.REJECTED, Action.CLOSE),
     (State.TRAINING, Event.FAILED): (State.REJECTED, Action.CLOSE),
     (State.SHADOW, Event.BETTER): (State.PROMOTED, Action.ANNOUNCE),
     (State.SHADOW, Event.NOT_BETTER): (State.REJECTED, Action.CLOSE),
