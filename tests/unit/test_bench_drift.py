@@ -8,14 +8,15 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from stream_adapt import bench_drift
-from stream_adapt.bench_drift import DriftBench, Run, judge, run_drift
+from stream_adapt import bench_streams
+from stream_adapt.bench_drift import DriftBench, judge, run_drift
+from stream_adapt.bench_streams import Member, Run, kept_in
 from stream_adapt.config import DriftSettings
 from stream_adapt.datasets.drifts import KINDS
 from stream_adapt.datasets.synthetic import Synthetic, source
 from stream_adapt.errors import ConfigError
 from stream_adapt.learning import Summary
-from stream_adapt.models import MODEL_FORMAT, LearnerSpec, read_model
+from stream_adapt.models import LearnerSpec, read_model
 from stream_adapt.testing.model import random_model
 
 SETTINGS = DriftSettings(group_events=256, reference_events=16 * 256)
@@ -53,9 +54,9 @@ def test_alarms_after_a_drift_are_detections_and_those_without_are_false() -> No
 
 
 def test_every_detector_is_judged_on_the_same_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_drift, "_SYNTHETIC_EVENTS", 20_000)
+    monkeypatch.setattr(bench_streams, "_SYNTHETIC_EVENTS", 20_000)
     parameters = Synthetic(events=20_000, drift="none")
-    folder = tmp_path / f"{bench_drift.__version__}-{MODEL_FORMAT}" / "synthetic" / "seed-0"
+    folder = kept_in(tmp_path) / "synthetic" / "seed-0"
     spec = LearnerSpec(parameters.features, source(parameters).feedback)
     random_model(folder, spec, [event.item_id for event in islice(source(parameters).events(), 1000)])
     options = DriftBench(sets="synthetic", seeds=1, detectors="PageHinkley,ADWIN", folder=tmp_path)
@@ -74,7 +75,7 @@ def test_what_is_tried_out_is_undone(tmp_path: Path) -> None:
     events = list(source(parameters).events())
     spec = LearnerSpec(parameters.features, source(parameters).feedback)
     model = read_model(random_model(tmp_path, spec, [event.item_id for event in events[:1000]]))
-    member = bench_drift._Member(model)
+    member = Member(model)
     member.learn(events[:1000])
     tried = member.try_out(events[1000:2500])
     assert tried == member.try_out(events[1000:2500]) == member.learn(events[1000:2500])
