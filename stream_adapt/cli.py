@@ -878,8 +878,11 @@ def bench_drift(as_json: bool, **options: Any) -> None:
     """
     from rich.console import Console
 
+    from stream_adapt import logs
     from stream_adapt.bench_drift import DriftBench, run_drift, show
+    from stream_adapt.config import LogSection
 
+    logs.configure(LogSection(level="error"))  # a simulated leader has as much to say as a real one
     console = Console(stderr=True)
     result = run_drift(DriftBench(**options), console)
     _print(result, as_json)
