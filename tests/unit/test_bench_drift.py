@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from stream_adapt import bench_streams
-from stream_adapt.bench_drift import DriftBench, judge, run_drift
+from stream_adapt import bench_drift, bench_streams
+from stream_adapt.bench_drift import DriftBench, judge, run_drift, show
+from stream_adapt.bench_recovery import RefreshRun
 from stream_adapt.bench_streams import Member, Run, kept_in
 from stream_adapt.config import DriftSettings
 from stream_adapt.datasets.drifts import KINDS
@@ -59,7 +62,7 @@ def test_every_detector_is_judged_on_the_same_streams(tmp_path: Path, monkeypatc
     folder = kept_in(tmp_path) / "synthetic" / "seed-0"
     spec = LearnerSpec(parameters.features, source(parameters).feedback)
     random_model(folder, spec, [event.item_id for event in islice(source(parameters).events(), 1000)])
-    options = DriftBench(sets="synthetic", seeds=1, detectors="PageHinkley,ADWIN", folder=tmp_path)
+    options = DriftBench(sets="synthetic", seeds=1, detectors="PageHinkley,ADWIN", folder=tmp_path, recovery=False)
     settings = SETTINGS.model_copy(update={"reference_events": 8 * 256})
     first = run_drift(options, Console(quiet=True), settings)
     assert ["PageHinkley", "ADWIN"] == list(first.detectors)
@@ -67,7 +70,22 @@ def test_every_detector_is_judged_on_the_same_streams(tmp_path: Path, monkeypatc
     assert 10_000 == first.stationary["synthetic"].events
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.jsonl")}
     assert first == run_drift(options, Console(quiet=True), settings)
+    assert first.refresh is None
     assert kept == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.jsonl")}
+    runs = [
+        RefreshRun(name="synthetic", scenario=kind, seed=0, events=10_000, auc=0.8, auc_without=0.8, left=6_000,
+                   auc_last_quarter=0.8, auc_last_quarter_without=0.77, recovered=3_000)
+        for kind in KINDS
+    ]  # fmt: skip
+    monkeypatch.setattr(bench_drift, "refreshed", lambda *_: iter(runs))
+    whole = run_drift(replace(options, recovery=True), Console(quiet=True), settings)
+    assert (0.5, pytest.approx(0.03)) == (whole.recovery_ratio, whole.auc_gain_last_quarter)
+    assert 0.5 == whole.cases["synthetic permute"].recovery_ratio
+    assert whole.refresh is not None
+    assert set(whole.refresh.cases) == set(whole.cases)
+    shown = Console(record=True, width=200, quiet=False, file=io.StringIO())
+    show(whole, shown)
+    assert "≤ 0.50" in shown.export_text()
 
 
 def test_what_is_tried_out_is_undone(tmp_path: Path) -> None:
