@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import msgspec
 import structlog
@@ -21,9 +20,10 @@ from stream_adapt.refresh import status
 from stream_adapt.refresh.decide import Comparison
 from stream_adapt.refresh.journal import Journal
 from stream_adapt.refresh.pair import LivePair
+from stream_adapt.refresh.parts import Pair, Parts, Training
 from stream_adapt.refresh.record import Decision, Outcomes, RefreshState, Trigger
 from stream_adapt.refresh.states import RESTING, TABLE, Action, Event, State, Transition, follow
-from stream_adapt.refresh.training import Job, Outcome, Progress
+from stream_adapt.refresh.training import Job
 from stream_adapt.state.row import RowError
 
 log = structlog.get_logger(__name__)
@@ -39,14 +39,6 @@ _WATCH_LOOKS = 4
 _EVENTS_OF_FORMER = 1_000
 _STATUS_S = 2.0
 _DECIDED_BY = "refresh"
-
-
-class Training(Protocol):
-    """A training that was started."""
-
-    def poll(self) -> Outcome | None: ...
-    def progress(self) -> Progress | None: ...
-    def close(self) -> None: ...
 
 
 @dataclass
@@ -73,21 +65,31 @@ class Leader:
         registry: Registry,
         train: Callable[[Config, Job], Training],
         clock: Callable[[], float],
+        parts: Parts | None = None,
     ) -> None:
         """Opens the journal, and enters the state again in which the one before left it.
+
+        Args:
+            config: what is decided, when and how.
+            registry: of the models.
+            train: starts a training.
+            clock: the time, in s.
+            parts: what it works with, if that is not Kafka.
 
         Raises:
             Deposed, KafkaRefused, StateMismatch: it cannot lead.
         """
         self._config, self._settings, self._registry = config, config.refresh, registry
         self._start_training, self._clock = train, clock
-        self._journal = Journal(config)
-        self._announcements = Announcements(config)
+        parts = parts or Parts(Journal, Announcements, LivePair)
+        self._journal, self._announcements = parts.journal(config), parts.announcements(config)
+        self._side_by_side = parts.pair
         self._training: Training | None = None
-        self._pair: LivePair | None = None
+        self._pair: Pair | None = None
         self._counts = _Counts()
         self._looks = 0
         self._offset = 0
+        self._ends: dict[int, int] = {}  # by partition: offset behind the last event that summaries told of
         self._monitor = DriftMonitor(config.drift)
         self._alarms_ms: dict[str, int] = {}
         self._status_s = 0.0
@@ -162,11 +164,27 @@ class Leader:
         every_s, resting = self._settings.every_s, self.state.state in RESTING
         if resting and every_s is not None and self._now() >= max(self.state.ended_ms, self._first_ms) + every_s * 1000:
             self._happened(Event.SCHEDULE, f"{every_s:g} s passed", trigger=Trigger("schedule", self._now()))
+        elif resting and self._has_grown():
+            detail = f"{self._since_moved(self._ends)} events of the new world"
+            self._happened(Event.GROWN, detail, trigger=Trigger("grown", self._now(), detail))
 
     @property
     def _first_ms(self) -> int:
         """When the first state began: the schedule of a loop that never refreshed counts from there."""
         return self.state.since_ms if not self.state.ended_ms else 0
+
+    def _has_grown(self) -> bool:
+        """Whether there is much more of the new world by now than the last training had."""
+        learned, again = self._since_moved(self.state.learned), self._settings.again
+        return (
+            again > 1
+            and 0 < learned < self._settings.window_events
+            and self._since_moved(self._ends) >= again * learned
+        )
+
+    def _since_moved(self, ends: Mapping[int, int]) -> int:
+        """Events from where the world moved up to these offsets by partition."""
+        return sum(max(ends.get(p, 0) - start, 0) for p, start in self.state.moved.items())
 
     def _replaced(self, newest: Announcement) -> None:
         """Another version was announced, not by us. Whoever goes back to an ancestor knows why."""
@@ -208,7 +226,7 @@ class Leader:
         pending = self.state.pending
         if pending is not None:
             self.state = self.state.changed(pending=None)
-            event = {"alarm": Event.ALARM, "schedule": Event.SCHEDULE, "asked": Event.ASKED}[pending.kind]
+            event = Event(pending.kind)
             self._happened(event, pending.detail, trigger=pending)
         return None
 
@@ -324,6 +342,8 @@ class Leader:
         match action:
             case Action.BEGIN:
                 changed = changed.changed(trigger=trigger, figures={}, challenger=None, trained_until={})
+                if trigger is not None and trigger.kind == "alarm":
+                    changed = changed.changed(moved=trigger.since, learned={})
             case Action.REMEMBER:
                 changed = changed.changed(pending=before.pending or trigger)
             case Action.ANNOUNCE:
@@ -341,14 +361,20 @@ class Leader:
                 changed = self._closed(changed, outcome, reason, failed=outcome == "rejected" and event is Event.FAILED)
             case Action.YIELD:
                 changed = changed.changed(
-                    champion=champion, former=former, challenger=None, trigger=None, trained_until={}, figures={}
+                    champion=champion,
+                    former=former,
+                    challenger=None,
+                    trigger=None,
+                    trained_until={},
+                    figures={},
+                    moved={},
                 )
         moved = state is not before.state or action is Action.YIELD
         if moved:
             changed = changed.changed(since_ms=now, attempts=0)
         if state is State.TRAINING and moved:
             recent = tuple(at for at in before.started_ms if at > now - _DAY_MS)
-            changed = changed.changed(started_ms=(*recent, now))
+            changed = changed.changed(started_ms=(*recent, now), learned={**before.learned, **self._ends})
         self._journal.write(changed, announcement, alarms or ())
         self.state = changed
         if announcement is not None:
@@ -411,13 +437,15 @@ class Leader:
     def _begin(self) -> None:
         state = self.state
         if state.state is State.TRAINING:
-            newer = state.trigger.since if state.trigger else {}
+            # A window that is all of the new world is one world again.
+            filled = self._since_moved(state.learned) >= self._settings.window_events
+            newer = {} if filled else state.moved
             job = Job(self._config.model_dump(mode="json"), state.champion, self._now(), newer)
             self._training = self._start_training(self._config, job)
         elif state.state is State.SHADOW:
             champion, challenger = self._sound(state.challenger or "")
             rows = challenger.manifest.rows or "carry"
-            self._pair = LivePair(self._config, champion, challenger, rows, state.trained_until)
+            self._pair = self._side_by_side(self._config, champion, challenger, rows, state.trained_until)
         elif state.state is State.WATCHING:
             self._begin_watch()
 
@@ -433,9 +461,9 @@ class Leader:
         self._leave()
         before, now = self._read(former), self._read(champion)
         check_successor(before, now)
-        self._pair = LivePair(self._config, before, now, "carry", {})
+        self._pair = self._side_by_side(self._config, before, now, "carry", {})
 
-    def _leave(self, keep: LivePair | None = None) -> None:
+    def _leave(self, keep: Pair | None = None) -> None:
         """Ends what is done in a state."""
         if self._training is not None:
             self._training.close()
@@ -457,6 +485,7 @@ class Leader:
     def _count(self, summaries: list[Summary]) -> None:
         for summary in summaries:
             self._counts.add(summary)
+            self._ends[summary.partition] = summary.last_offset + 1
 
     def _note(self, when: str, found: Comparison) -> None:
         figures = {f"{when}_{name}": value for name, value in found.figures().items()}

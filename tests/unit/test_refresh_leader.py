@@ -135,6 +135,7 @@ class Stage:
         self.kafka, self.now_s, self.jobs = Kafka(), 1_000_000.0, list[Job]()
         self.outcome = Outcome(self.challenger, figures={"slice_auc_all": 0.7}, trained_until={0: 60})
         self.trainings: list[FakeTraining] = []
+        self.end = 10  # offset behind what summaries tell of
         for kind, fake in (("Journal", FakeJournal), ("Announcements", FakeAnnouncements), ("LivePair", FakePair)):
             monkeypatch.setattr(module, kind, fake)
         FakeJournal.kafka = FakeAnnouncements.kafka = self.kafka
@@ -165,7 +166,7 @@ class Stage:
         """Turns of the leader; members serve what is announced."""
         for _ in range(count):
             version = self.kafka.announced[-1].version if self.kafka.announced else self.champion
-            summary = Summary(0, 0, 0, 9, "", version, labelled, labelled, 5.0, 6.0, 5.0, 5.0, 5.0, 0, 0, 9)
+            summary = Summary(0, 0, 0, self.end - 1, "", version, labelled, labelled, 5.0, 6.0, 5.0, 5.0, 5.0, 0, 0, 9)
             self.leader._monitor.add = lambda _summaries, found=alarms: list(found)  # type: ignore[method-assign]
             try:
                 self.leader.turn([summary] if labelled else [], 7)
@@ -331,6 +332,43 @@ def test_the_schedule_counts_from_the_last_refresh(tmp_path: Path, monkeypatch: 
     stage.now_s += 101
     stage.turns(5)
     assert 2 == len(stage.jobs)
+
+
+def test_as_the_new_world_grows_it_is_learned_again(stage: Stage) -> None:
+    stage.outcome = Outcome(reason="nothing")
+    stage.end = 140
+    stage.turns(alarms=(ALARM,))
+    stage.turns(10)
+    assert [{0: 40}] == [job.newer for job in stage.jobs]
+    stage.now_s += 101
+    stage.end = 239
+    stage.turns(10)
+    assert 1 == len(stage.jobs), "not yet twice as many"
+    stage.leader.close()
+    stage.leader = stage.lead()
+    stage.end = 240
+    state = stage.turns(10)
+    assert [{0: 40}, {0: 40}] == [job.newer for job in stage.jobs]
+    assert state.last is not None
+    assert state.last.trigger is not None
+    assert ("grown", {0: 240}) == (state.last.trigger.kind, state.learned)
+
+
+def test_once_the_new_world_fills_the_window_it_is_the_only_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage(tmp_path, monkeypatch, window_events=1_000, cooldown_s=0, per_day=100)
+    stage.outcome = Outcome(reason="nothing")
+    stage.end = 140
+    stage.turns(alarms=(ALARM,))
+    stage.turns(10)
+    stage.end = 1_040
+    stage.turns(10)
+    stage.end = 9_000
+    stage.turns(10)
+    stage.kafka.request = Request("r", 0)
+    stage.turns(10)
+    assert [{0: 40}, {}, {}] == [job.newer for job in stage.jobs]
 
 
 def test_a_step_of_which_leaders_die_again_and_again_is_given_up(stage: Stage) -> None:

@@ -8,7 +8,7 @@ import pytest
 
 from stream_adapt.refresh.states import RESTING, TABLE, Action, Event, Impossible, State, follow
 
-TRIGGERS = {Event.ALARM, Event.SCHEDULE, Event.ASKED}
+TRIGGERS = (Event.ALARM, Event.SCHEDULE, Event.GROWN, Event.ASKED)
 BY_OTHERS = {Event.REPLACED, Event.REVERTED}
 #: What may happen in a state, beside triggers and what others announce, and where it leads.
 LEADS = {
