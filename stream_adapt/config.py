@@ -12,6 +12,7 @@ import re
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -118,7 +119,7 @@ class TopicsSection(_Section):
     """Names of topics; each is <app.name>.<what> if not set."""
 
     events: str | None = Field(None, description="Input.")
-    scores: str | None = Field(None, description="Scores, one for each event.")
+    scores: str | None = Field(None, description="Scores, one for each event since output.emit_from.")
     dead_letters: str | None = Field(None, description="Records that were refused, with the reason.")
     changelog: str | None = Field(None, description="Rows; compacted, with the input's number of partitions.")
     learning: str | None = Field(None, description="How well each transaction's events were predicted: sums.")
@@ -127,6 +128,10 @@ class TopicsSection(_Section):
     refresh: str | None = Field(None, description="Where a refresh of the model is; compacted, one partition.")
     partitions: int = Field(4, ge=1, le=10_000, description="Partitions that `topics create` gives the topics.")
     replication: int = Field(1, ge=1, le=10, description="Replicas that `topics create` gives them.")
+
+
+#: Whoever writes fewer milliseconds, 1973, means seconds.
+_LEAST_MS = 100_000_000_000
 
 
 class InputSection(_Section):
@@ -152,8 +157,8 @@ class InputSection(_Section):
         2, ge=1, le=100, description="A record at which the process died so often, handled alone, is a dead letter."
     )
     latency_ms: Positive = Field(50, le=10_000, description="Longest wait for a batch to fill.")
-    format: Literal["json", "avro"] = Field(
-        "json", description="Of the events. avro: by registry.url; slower than JSON."
+    format: Literal["json", "avro", "protobuf"] = Field(
+        "json", description="Of the events. avro, protobuf: by registry.url; slower than JSON."
     )
     feedback: dict[str, Any] | None = Field(
         None,
@@ -164,9 +169,32 @@ class InputSection(_Section):
 class OutputSection(_Section):
     """What is written."""
 
-    format: Literal["json", "avro"] = Field(
-        "json", description="Of scores and receipts. avro: by registry.url; slower than JSON."
+    format: Literal["json", "avro", "protobuf"] = Field(
+        "json", description="Of scores and receipts. avro, protobuf: by registry.url; slower than JSON."
     )
+    emit_from: int | None = Field(
+        None,
+        ge=0,
+        description="A moment, as 2026-07-01T00:00:00Z or in ms: events from before it, by their own timestamps, are "
+        "scored and learned from, and no score is written. Not set: all scores are.",
+    )
+
+    @field_validator("emit_from", mode="before")
+    @classmethod
+    def _moment(cls, value: Any) -> Any:
+        """Milliseconds since the epoch."""
+        if isinstance(value, str):
+            try:
+                value = datetime.fromisoformat(value)
+            except ValueError as error:
+                raise ValueError("a moment such as 2026-07-01T00:00:00Z, or milliseconds since the epoch") from error
+        if isinstance(value, datetime) and value.tzinfo is not None:
+            return round(value.timestamp() * 1000)
+        if isinstance(value, date):  # a datetime is one, too
+            raise ValueError("which zone? 2026-07-01T00:00:00Z is in UTC, 2026-07-01T00:00:00+02:00 is not")
+        if isinstance(value, int) and 0 < value < _LEAST_MS:
+            raise ValueError("milliseconds are meant; this many are in 1970 or soon after")
+        return value
 
 
 class RegistrySection(_Section):
