@@ -2,7 +2,7 @@
 # caches (~/.cache/uv, ~/.cache/stream-adapt).
 PYTHON ?= python3
 BIN := .venv/bin
-# Given to pytest, say: make test ARGS='-k topics'
+# Given to what is run, say: make test ARGS='-k topics'
 ARGS ?=
 # The broker tier runs in so many processes, a file in one of them, each with a Kafka of its own: it mostly waits.
 WORKERS ?= 3
@@ -27,8 +27,8 @@ setup: .venv/.installed ## install into .venv what constraints.txt pins; does no
 	@$(BIN)/uv pip install --quiet --python $(BIN)/python --constraint constraints.txt --editable '.[dev]'
 	@touch $@
 
-demo: setup ## see it work: a real Kafka, real ratings, a report
-	$(BIN)/stream-adapt demo
+demo: setup ## see it work: a real Kafka, real ratings, a report; with ARGS=--drift also a drift, and what mends it
+	$(BIN)/stream-adapt demo $(ARGS)
 
 test: test-quick test-broker ## all tests but the slow ones
 

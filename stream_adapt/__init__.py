@@ -20,7 +20,7 @@ Around it:
     announcements  follow           which model is served: the models topic, and a member that follows it
     promotion                       what an operator decides about it: `stream-adapt models …`
     meta/  pretraining  datasets/   from a log of events to a model
-    codecs/  formats                records in JSON and Avro, and which of them are configured
+    codecs/  formats                records in JSON, Avro and Protobuf, and which of them are configured
     kafka/  errors                  consumer, producer, topics, a broker to try things on; what can go wrong
     drift                           River's detectors on those sums
     refresh/                        drift → training → shadow → promotion → watch: the states, and who goes through them

@@ -7,6 +7,7 @@ import statistics
 import time
 import uuid
 from collections.abc import Callable
+from typing import TypeVar
 
 import msgspec
 import numpy as np
@@ -14,6 +15,8 @@ import numpy as np
 from stream_adapt.bench import FEATURES, _events, _raw
 from stream_adapt.codecs import InputCodec, OutputCodec
 from stream_adapt.codecs.avro import AvroInput, AvroOutput
+from stream_adapt.codecs.framed import FramedInput, FramedOutput
+from stream_adapt.codecs.protobuf import ProtobufInput, ProtobufOutput
 from stream_adapt.codecs.registry import Registry
 from stream_adapt.datasets.source import STARS
 from stream_adapt.decode import Decoder
@@ -21,6 +24,8 @@ from stream_adapt.emit import Emitter
 from stream_adapt.record import Adapted, Batch, RawBatch, TopicNames
 
 _EVENTS = 16_384
+_Codec = TypeVar("_Codec")
+_Of = Callable[[Registry, str], _Codec]
 
 
 class FormatCost(msgspec.Struct):
@@ -35,15 +40,19 @@ class FormatCost(msgspec.Struct):
 def format_cost(rounds: int = 7) -> dict[str, FormatCost]:
     """By format: what `decode` and `emit` cost."""
     events = list(_events(_EVENTS))
-    registry = Registry(f"mock://{uuid.uuid4()}", {}, register=True)
-    codec = AvroInput(registry, "events")
     as_json = _raw(events)
-    in_avro = dataclasses.replace(as_json, values=[codec.event(event) for event in events])
-    codec.prepare(in_avro.values)
-    return {
-        "json": _cost(as_json, None, None, rounds),
-        "avro": _cost(in_avro, codec, AvroOutput(registry, "scores"), rounds),
+    costs = {"json": _cost(as_json, None, None, rounds)}
+    codecs: dict[str, tuple[_Of[FramedInput], _Of[FramedOutput]]] = {
+        "avro": (AvroInput, AvroOutput),
+        "protobuf": (ProtobufInput, ProtobufOutput),
     }
+    for name, (source, to) in codecs.items():
+        registry = Registry(f"mock://{uuid.uuid4()}", {}, register=True)
+        codec = source(registry, "events")
+        raw = dataclasses.replace(as_json, values=[codec.event(event) for event in events])
+        codec.prepare(raw.values)
+        costs[name] = _cost(raw, codec, to(registry, "scores"), rounds)
+    return costs
 
 
 def _cost(raw: RawBatch, source: InputCodec | None, to: OutputCodec | None, rounds: int) -> FormatCost:

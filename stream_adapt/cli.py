@@ -546,8 +546,11 @@ def _objective_options(command: Callable[..., Any]) -> Callable[..., Any]:
 
 @cli.command()
 @_source_options
+@click.option("--drift", is_flag=True, help="The world changes on the way, and the model is refreshed.")
 @click.option("--fast", is_flag=True, help="As fast as the loop goes, instead of a pace that a person can watch.")
-@click.option("--seconds", default=30.0, show_default=True, help="With a pace: all events in so many seconds.")
+@click.option(
+    "--seconds", type=float, default=None, help="With a pace: all events in so many seconds; 30, with --drift 240."
+)
 @click.option("--partitions", default=4, show_default=True, type=click.IntRange(min=1), help="Of the input topic.")
 @click.option("--bootstrap-servers", help="A broker of yours; an embedded Apache Kafka if not given.")
 @click.option(
@@ -565,8 +568,12 @@ def demo(as_json: bool, **options: Any) -> None:
 
     Fetches SOURCE, pretrains on its first half, starts a broker and `stream-adapt run` as its own process, streams the
     second half in the order of time, and shows how well adapted scores do against frozen ones. All that it shows is
-    read from the output topics by a consumer of its own; that every event has exactly one output is checked by id.
+    read from topics by a consumer of its own; that every event has exactly one output is checked by id.
     With --json it runs fast and prints one object. Leaves nothing behind but the plot and the caches.
+
+    With --drift items are taken for one another from a fifth of the stream on. The member detects it, trains a
+    challenger beside the loop, and promotes it if it is better; at the end all events are scored once more without
+    that. This takes a pace, also with --json: the stream has to last longer than the training.
     """
     from stream_adapt.demo import DemoOptions, run_demo
 
@@ -811,7 +818,7 @@ def bench_step(as_json: bool) -> None:
 @bench.command("formats")
 @_json_option
 def bench_formats(as_json: bool) -> None:
-    """Microseconds that reading an event and writing a score cost in each format. Needs the extra `registry`."""
+    """Microseconds that reading an event and writing a score cost in each format. Needs the extra `protobuf`."""
     from stream_adapt.bench_formats import format_cost
 
     costs = format_cost()
@@ -819,7 +826,7 @@ def bench_formats(as_json: bool) -> None:
     if not as_json:
         for name, cost in costs.items():
             click.echo(
-                f"{name:<6} decode {cost.decode_us:.2f} us, emit {cost.emit_us:.2f} us; "
+                f"{name:<8} decode {cost.decode_us:.2f} us, emit {cost.emit_us:.2f} us; "
                 f"{cost.event_bytes:.0f} bytes an event, {cost.score_bytes:.0f} a score"
             )
 

@@ -51,7 +51,7 @@ REASONS = {
     "late": "the event is older than its user's last one, by more than input.late_after_s (input.late: dead_letter)",
     "not_framed": "the value does not begin with a schema id (input.format: avro, protobuf)",
     "unknown_schema": "the schema registry does not know the value's schema id",
-    "incompatible_schema": "the schema that the value was written with is of another kind, or is no record",
+    "incompatible_schema": "the value's schema is of another kind, is no record, or lacks what it refers to",
     "not_decodable": "the bytes are not what the value's schema says",
     "crash": "the process died each time it handled this record (input.crashes_before_quarantine)",
 }

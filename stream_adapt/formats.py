@@ -20,17 +20,21 @@ class Formats:
         """Connects to nothing yet.
 
         Raises:
-            ConfigError: the extra `registry` is not installed, or its settings are wrong.
+            ConfigError: an extra is not installed, or the registry's settings are wrong.
         """
-        if "avro" not in (config.input.format, config.output.format):
+        if config.input.format == config.output.format == "json":
             return cls(None, JsonOutput())
         from stream_adapt.codecs.avro import AvroInput, AvroOutput
+        from stream_adapt.codecs.protobuf import ProtobufInput, ProtobufOutput
         from stream_adapt.codecs.registry import Registry
 
+        inputs = {"avro": AvroInput, "protobuf": ProtobufInput}
+        outputs = {"avro": AvroOutput, "protobuf": ProtobufOutput}
         section = config.registry
         settings = {name: resolve_secret(f"registry: {name}", one) for name, one in section.properties.items()}
         registry = Registry(section.url or "", settings, section.register_schemas)
+        source, to = config.input.format, config.output.format
         return cls(
-            AvroInput(registry, config.topic("events")) if config.input.format == "avro" else None,
-            AvroOutput(registry, config.topic("scores")) if config.output.format == "avro" else JsonOutput(),
+            None if source == "json" else inputs[source](registry, config.topic("events")),
+            JsonOutput() if to == "json" else outputs[to](registry, config.topic("scores")),
         )

@@ -18,7 +18,8 @@ from confluent_kafka import KafkaError, Message, Producer
 
 from stream_adapt.config import Config
 from stream_adapt.datasets import Source, open_source
-from stream_adapt.errors import ConfigError, DataError, KafkaRefused
+from stream_adapt.errors import DataError, KafkaRefused
+from stream_adapt.formats import Formats
 from stream_adapt.kafka import clients, properties
 from stream_adapt.kafka.errors import describe
 from stream_adapt.record import UserEvent
@@ -56,11 +57,10 @@ def run_load(config: Config, load: Load, shutdown: Shutdown) -> Loaded:
     """Writes events until the seconds or the events are over, or a shutdown is asked for.
 
     Raises:
-        ConfigError, DataError: the source cannot be opened, or is empty; or members would not understand it.
+        ConfigError, DataError: the source cannot be opened, or is empty; or the format's extra is not installed.
         KafkaRefused: the broker does not take an event.
+        RegistryRefused, RegistryUnreachable: the schema registry does not take, or does not have, the event's schema.
     """
-    if config.input.format != "json":
-        raise ConfigError(f"input.format={config.input.format}: a load is written as JSON. To do: set it to json")
     source = open_source(load.source, mapping=load.mapping)
     stream = islice(endless(source, load.skip), load.events)
     with _Feed(config) as feed:
@@ -102,7 +102,8 @@ class _Feed:
         self.produced = 0
         self.over = False
         self._refused: KafkaError | None = None
-        self._encode = msgspec.json.Encoder().encode
+        codec = Formats.of(config).input
+        self._encode: Callable[[UserEvent], bytes] = codec.event if codec else msgspec.json.Encoder().encode
         self._producer: Producer = clients.producer(
             {
                 **properties.common(config),

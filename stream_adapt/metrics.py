@@ -2,7 +2,7 @@
 
 The loop's thread adds to one flat array — each family owns a stretch of it — and publishes a copy once a turn; a
 scrape reads the newest copy. So nothing is locked, a scrape never holds up the loop, and all figures of one scrape
-belong together: events = scores + dead letters + receipts in every one of them.
+belong together: events = scores + dead letters + receipts + withheld scores in every one of them.
 
 Nothing here is done event by event. A batch of n events is counted by NumPy in well under 0.1 µs an event.
 """
@@ -140,9 +140,15 @@ FAMILIES: tuple[Family, ...] = (
         "stream_adapt_events_total",
         "counter",
         "records",
-        "Input records whose outcome is committed: always scores plus dead letters plus receipts.",
+        "Input records whose outcome is committed: always scores plus dead letters plus receipts plus withheld scores.",
     ),
     Family("stream_adapt_scores_total", "counter", "records", "Scores committed."),
+    Family(
+        "stream_adapt_withheld_scores_total",
+        "counter",
+        "records",
+        "Events from before output.emit_from committed: learned from, and no score written.",
+    ),
     Family("stream_adapt_receipts_total", "counter", "records", "Receipts of erasures committed."),
     Family(
         "stream_adapt_dead_letters_total",
@@ -699,7 +705,8 @@ class Metrics(Collector):
         self._slab.add("stream_adapt_transactions_total", outcome.value)
         self._slab.put("stream_adapt_last_commit_timestamp_seconds", value=now)
         self._slab.add("stream_adapt_events_total", value=records)
-        self._slab.add("stream_adapt_scores_total", value=scores)
+        self._slab.add("stream_adapt_scores_total", value=scores - work.withheld)
+        self._slab.add("stream_adapt_withheld_scores_total", value=work.withheld)
         self._slab.add("stream_adapt_receipts_total", value=len(work.batch.erasures))
         for reason, count in Counter(letter.reason for letter in work.dead_letters).items():
             self._slab.add("stream_adapt_dead_letters_total", reason, value=count)

@@ -344,8 +344,10 @@ def _read_manifest(path: Path) -> Manifest:
         raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
     found = raw.get("format") if isinstance(raw, dict) else None
     if found not in _READABLE:
+        newer = isinstance(found, int) and found > MODEL_FORMAT
+        hint = "run the release that wrote it, or a newer one" if newer else "pretrain again"
         raise ModelError(
-            f"{path}: format={found!r}, this release reads {', '.join(map(str, _READABLE))}; pretrain again"
+            f"{path}: format={found!r}, this release reads {', '.join(map(str, _READABLE))}. To do: {hint}"
         )
     try:
         return msgspec.convert(raw, Manifest, str_keys=True)

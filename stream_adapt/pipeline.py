@@ -4,7 +4,8 @@ raw records ─▶ decode ─▶ adapt (score, then learn, event by event) ─�
                  └──────────────── dead letters ────────────────────▶┘
 
 With `late_is_dead` a late event is a dead letter instead of a score. Only its user's row knows that it is late, so it
-is adapt that finds it, and it teaches nothing there.
+is adapt that finds it, and it teaches nothing there. Events from before `emit_from_ms`, by their own timestamps, are
+learned from and have no score.
 """
 
 from __future__ import annotations
@@ -30,11 +31,19 @@ StageTimer = Callable[[str, float], None]
 class Pipeline:
     """Decoder, adapter and emitter, in order, for one model at a time."""
 
-    def __init__(self, decoder: Decoder, adapter: Adapter, emitter: Emitter, late_is_dead: bool = False) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        adapter: Adapter,
+        emitter: Emitter,
+        late_is_dead: bool = False,
+        emit_from_ms: int | None = None,
+    ) -> None:
         self.decoder = decoder
         self.adapter = adapter
         self.emitter = emitter
         self._late_is_dead = late_is_dead
+        self._emit_from_ms = emit_from_ms
         self.timer: StageTimer = lambda _stage, _seconds: None
 
     def prepare(self, raw: RawBatch) -> None:
@@ -68,7 +77,8 @@ class Pipeline:
             batch, adapted, late = _without_late(raw, batch, adapted)
             dead += late
         learned = time.perf_counter()
-        outputs = [self.emitter.scores(batch, adapted)]
+        shown = (batch, adapted) if self._emit_from_ms is None else _since(self._emit_from_ms, batch, adapted)
+        outputs = [self.emitter.scores(*shown)]
         if batch.erasures:
             outputs.append(self.emitter.receipts(batch, adapted))
         if dead:
@@ -77,7 +87,7 @@ class Pipeline:
         self.timer("decode", read - started)
         self.timer("adapt", learned - read)
         self.timer("emit", ended - learned)
-        return Work(outputs, batch, adapted, dead, ended - started)
+        return Work(outputs, batch, adapted, dead, ended - started, withheld=len(batch) - len(shown[0]))
 
     def serve(self, slow: Slow) -> None:
         """Serves another model from now on, of the same spec: what it reads and what feedback means stay."""
@@ -107,6 +117,12 @@ class Pipeline:
             target_level=model.spec.feedback.target_level,
             model_version=model.version,
         )
+
+
+def _since(emit_from_ms: int, batch: Batch, adapted: Adapted) -> tuple[Batch, Adapted]:
+    """The events that happened at this moment or later, and what is said of them."""
+    since = batch.timestamps_ms >= emit_from_ms
+    return (batch, adapted) if since.all() else (selected(batch, since), selected(adapted, since))
 
 
 def _without_late(raw: RawBatch, batch: Batch, adapted: Adapted) -> tuple[Batch, Adapted, list[DeadLetter]]:

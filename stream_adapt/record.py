@@ -280,10 +280,11 @@ class Work:
     dead_letters: list[DeadLetter]
     seconds: float  # that it took
     rows: Sequence[Outputs] = ()  # what a whole batch changed: the changelog's records
+    withheld: int = 0  # events from before `output.emit_from`, which have no score
 
     @property
     def records(self) -> int:
-        """Input records: scores, dead letters and receipts."""
+        """Input records: scores, dead letters, receipts, and events whose score is withheld."""
         return len(self.batch) + len(self.dead_letters) + len(self.batch.erasures)
 
     @classmethod
@@ -297,6 +298,7 @@ class Work:
             joined(Adapted, [part.adapted for part in parts]),
             [letter for part in parts for letter in part.dead_letters],
             sum(part.seconds for part in parts),
+            withheld=sum(part.withheld for part in parts),
         )
 
 

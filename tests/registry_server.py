@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import Any
+from urllib.parse import parse_qs, unquote
 
 _NOT_FOUND = {"error_code": 40403, "message": "Schema not found"}
 
@@ -23,7 +24,7 @@ class RegistryServer(ThreadingHTTPServer):
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
-        self.schemas: list[dict[str, str]] = []
+        self.schemas: list[dict[str, Any]] = []
         self.subjects: dict[str, list[int]] = {}
         self.status = 200  # other than 200: the answer to everything
         self.requests: list[str] = []
@@ -32,13 +33,13 @@ class RegistryServer(ThreadingHTTPServer):
     def url(self) -> str:
         return f"http://127.0.0.1:{self.server_port}"
 
-    def id_of(self, schema: dict[str, str], *, register: bool, subject: str) -> int | None:
+    def id_of(self, schema: dict[str, Any], *, register: bool, subject: str) -> int | None:
         """From 1 on; None if it is not there and may not be added."""
         if schema not in self.schemas and register:
             self.schemas.append(schema)
         found = self.schemas.index(schema) + 1 if schema in self.schemas else None
-        if found is not None and register:
-            self.subjects.setdefault(subject, []).append(found)
+        if found is not None and register and found not in self.subjects.setdefault(subject, []):
+            self.subjects[subject].append(found)
         return found if found in self.subjects.get(subject, []) else None
 
 
@@ -49,18 +50,31 @@ class _Handler(BaseHTTPRequestHandler):
         """Nothing."""
 
     def do_GET(self) -> None:
-        """`/schemas/ids/ID`."""
-        number = int(self.path.partition("?")[0].rpartition("/")[2])
-        known = 0 < number <= len(self.server.schemas)
-        self._answer(self.server.schemas[number - 1] if known else None)
+        """`/schemas/ids/ID` and `/subjects/SUBJECT/versions/VERSION`; Protobuf as source, unless asked otherwise."""
+        path, _, query = self.path.partition("?")
+        parts, number = path.split("/"), int(path.rpartition("/")[2])
+        subject = unquote(parts[2]) if parts[1] == "subjects" else ""
+        ids = self.server.subjects.get(subject, []) if subject else range(1, len(self.server.schemas) + 1)
+        if not 0 < number <= len(ids):
+            return self._answer(None)
+        found = self.server.schemas[ids[number - 1] - 1]
+        if found["schemaType"] == "PROTOBUF" and parse_qs(query).get("format") != ["serialized"]:
+            found = {**found, "schema": 'syntax = "proto3";'}
+        return self._answer(
+            {**found, **({"subject": subject, "version": number, "id": ids[number - 1]} if subject else {})}
+        )
 
     def do_POST(self) -> None:
         """`/subjects/SUBJECT/versions` registers, `/subjects/SUBJECT` looks up."""
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         path = self.path.partition("?")[0].split("/")
         schema = {"schema": body["schema"], "schemaType": body.get("schemaType") or "AVRO"}
-        found = self.server.id_of(schema, register=path[-1] == "versions", subject=path[2])
-        self._answer(None if found is None else {"id": found, "version": 1, "subject": path[2], **schema})
+        if body.get("references"):
+            schema["references"] = body["references"]
+        subject = unquote(path[2])
+        found = self.server.id_of(schema, register=path[-1] == "versions", subject=subject)
+        version = None if found is None else self.server.subjects[subject].index(found) + 1
+        self._answer(None if found is None else {"id": found, "version": version, "subject": subject, **schema})
 
     def _answer(self, found: dict[str, Any] | None) -> None:
         self.server.requests.append(self.path)

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import msgspec
 
-from stream_adapt.record import EraseRequest, Receipt, Score
+from stream_adapt.record import EraseRequest, Receipt, Score, UserEvent
 
 
 class NotDecoded(Exception):
@@ -39,6 +39,9 @@ class InputCodec(Protocol):
 
     def erase(self, request: EraseRequest) -> bytes:
         """A request as it is written to the events topic."""
+
+    def event(self, event: UserEvent) -> bytes:
+        """An event, as a producer would write it; for tools and tests."""
 
 
 class OutputCodec(Protocol):

@@ -10,21 +10,19 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable
 from datetime import UTC, datetime
+from functools import partial
 from math import isfinite
 from typing import Any
 
 import msgspec
 
 from stream_adapt.codecs import NotDecoded
+from stream_adapt.codecs.framed import DEEPEST, FramedInput, FramedOutput, Writer, settings
 from stream_adapt.codecs.registry import Registry
-from stream_adapt.errors import RegistryRefused
-from stream_adapt.record import EraseRequest, Receipt, Score, UserEvent, UserId
 
 _NAMESPACE = "stream_adapt"
 _TYPE = "AVRO"
 _FEATURE = ["null", "double", "string", {"type": "array", "items": ["string", "double"]}]
-#: Nesting that is still looked at: event v1 has three levels.
-_DEEPEST = 16
 
 
 def _schema(name: str, doc: str, **fields: Any) -> dict[str, Any]:
@@ -85,33 +83,17 @@ SCHEMAS: dict[str, dict[str, Any]] = {
 }
 
 
-class _Writer:
+class _Writer(Writer):
     """Writes one kind of record to one topic."""
 
     def __init__(self, registry: Registry, topic: str, name: str) -> None:
-        from confluent_kafka.schema_registry import topic_record_subject_name_strategy
         from confluent_kafka.schema_registry.avro import AvroSerializer
-        from confluent_kafka.serialization import MessageField, SerializationContext
 
-        conf = {
-            "auto.register.schemas": registry.register,
-            "subject.name.strategy": topic_record_subject_name_strategy,
-        }
-        self._serialize = AvroSerializer(registry.client, json.dumps(SCHEMAS[name]), conf=conf)
-        self._context = SerializationContext(topic, MessageField.VALUE)
-        self._registry = registry
-        self.subject = f"{topic}-{_NAMESPACE}.{SCHEMAS[name]['name']}"
+        super().__init__(registry, topic, f"{_NAMESPACE}.{SCHEMAS[name]['name']}")
+        self._serialize = AvroSerializer(registry.client, json.dumps(SCHEMAS[name]), conf=settings(registry))
 
     def __call__(self, record: msgspec.Struct) -> bytes:
-        return self._serialize(msgspec.structs.asdict(record), self._context)  # type: ignore[no-any-return]
-
-    def prove(self, example: msgspec.Struct) -> None:
-        """Registers the schema, or finds it."""
-        if self._registry.insist(lambda: self(example)) is None:
-            raise RegistryRefused(
-                f"{self._registry.url}: subject {self.subject} is not there. To do: register schemas/, or set "
-                "registry.register_schemas"
-            )
+        return self._serialize(msgspec.structs.asdict(record), self.context)  # type: ignore[no-any-return]
 
 
 class _Reader:
@@ -123,8 +105,12 @@ class _Reader:
         self._registry = registry
         self._deserialize = AvroDeserializer(registry.client)
 
+    def prepare(self, values: Iterable[bytes | None]) -> None:
+        """Learns the schemas of these."""
+        self._registry.learn(values)
+
     def __call__(self, value: bytes) -> dict[str, Any]:
-        """The record's fields; raises NotDecoded."""
+        """The record's fields as JSON has them; raises NotDecoded."""
         self._registry.check(value, _TYPE)
         try:
             found = self._deserialize(value)
@@ -132,72 +118,21 @@ class _Reader:
             raise NotDecoded("not_decodable", f"{type(error).__name__}: {error}"[:500]) from error
         if not isinstance(found, dict):
             raise NotDecoded("incompatible_schema", f"the schema is no record but {type(found).__name__}")
-        return found
+        return {name: plain(one) for name, one in found.items()}
 
 
-class AvroInput:
-    """Events and erase requests."""
-
-    def __init__(self, registry: Registry, topic: str) -> None:
-        self._registry = registry
-        self._topic = topic
-        self._read = _Reader(registry)
-        self._write: _Writer | None = None
-
-    def prepare(self, values: Iterable[bytes | None]) -> None:
-        """Learns the schema ids of these."""
-        self._registry.learn(values)
-
-    def to_json(self, value: bytes) -> bytes:
-        """The same event as JSON."""
-        return msgspec.json.encode({name: plain(one) for name, one in self._read(value).items()})
-
-    def erase(self, request: EraseRequest) -> bytes:
-        """A request for the events topic."""
-        writer = _Writer(self._registry, self._topic, "erase-v1")
-        writer.prove(request)
-        return writer(request)
-
-    def event(self, event: UserEvent) -> bytes:
-        """An event, as a producer would write it; for tests and tools."""
-        self._write = self._write or _Writer(self._registry, self._topic, "event-v1")
-        return self._write(msgspec.structs.replace(event, features=event.features or None))
-
-
-class AvroOutput:
-    """Scores and receipts."""
+class AvroInput(FramedInput):
+    """Events and erase requests in Avro."""
 
     def __init__(self, registry: Registry, topic: str) -> None:
-        self.score = _Writer(registry, topic, "score-v1")
-        self.receipt = _Writer(registry, topic, "receipt-v1")
-        self._registry = registry
-        self._read = _Reader(registry)
-
-    def prove(self) -> None:
-        """Registers both schemas, or finds them, before anything is read.
-
-        Raises:
-            RegistryRefused, RegistryUnreachable: see registry.py.
-        """
-        self.score.prove(_SCORE)
-        self.receipt.prove(_RECEIPT)
-
-    def read_receipt(self, value: bytes) -> Receipt:
-        """A receipt as it was written."""
-        self._registry.learn([value])
-        return msgspec.convert(self._read(value), Receipt)
+        super().__init__(topic, _Reader(registry), partial(_Writer, registry))
 
 
-#: Examples, to have the schemas registered.
-_RECEIPT = Receipt("e", UserId("u"), (), False, 0, 0, "t", 0, 0)
-_SCORE = msgspec.convert(
-    {
-        "event_id": "e", "user_id": "u", "item_id": "i", "score": 0.5, "frozen_score": 0.5, "updated_score": 0.5,
-        "level": None, "target": None, "uncertainty": 0.0, "model_version": "v", "adaptations": 0, "flags": (),
-        "event_timestamp": 0, "scored_at": 0, "source_topic": "t", "source_partition": 0, "source_offset": 0,
-    },
-    Score,
-)  # fmt: skip
+class AvroOutput(FramedOutput):
+    """Scores and receipts in Avro."""
+
+    def __init__(self, registry: Registry, topic: str) -> None:
+        super().__init__(topic, _Reader(registry), partial(_Writer, registry))
 
 
 def plain(value: Any, depth: int = 0) -> Any:
@@ -211,8 +146,8 @@ def plain(value: Any, depth: int = 0) -> Any:
     if isinstance(value, datetime):
         aware = value if value.tzinfo else value.replace(tzinfo=UTC)
         return int(aware.timestamp() * 1000)
-    if depth >= _DEEPEST:
-        raise NotDecoded("too_deep", f"nested more than {_DEEPEST} levels")
+    if depth >= DEEPEST:
+        raise NotDecoded("too_deep", f"nested more than {DEEPEST} levels")
     if isinstance(value, dict):
         return {name: plain(one, depth + 1) for name, one in value.items()}
     if isinstance(value, list | tuple):

@@ -8,6 +8,8 @@ In reading order:
     wire       what the demo itself does with Kafka: it produces events, and reads scores and dead letters
     tally      every figure, from what was read and nothing else
     view       the terminal;  `plot`  the picture
+    drifted    `--drift`: a change in the stream, and what the topics of the refresh tell of it
+    unrefreshed    the same records, scored by the first model alone
 
 The member is told nothing of the demo, and the demo looks at nothing but topics: anybody's consumer would see the same.
 """

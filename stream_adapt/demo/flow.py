@@ -7,25 +7,29 @@ folder for temporary files.
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import msgspec
 from rich.console import Console
 
-from stream_adapt.demo import place, prepare
-from stream_adapt.demo.member import Member
+from stream_adapt.demo import drifted, place, prepare
+from stream_adapt.demo.drifted import Story
+from stream_adapt.demo.member import READY_TIMEOUT_S, Member
 from stream_adapt.demo.place import Place
 from stream_adapt.demo.prepare import Data, Followed
-from stream_adapt.demo.tally import Tally
-from stream_adapt.demo.view import Stage, View, comparison
-from stream_adapt.demo.wire import Encoded, Feed, Reader
+from stream_adapt.demo.tally import ADAPTED, UNREFRESHED, Floats, Tally
+from stream_adapt.demo.view import Stage, View, comparison, last_quarter
+from stream_adapt.demo.wire import Feed, Reader
 from stream_adapt.errors import ConfigError, StreamAdaptError
 from stream_adapt.kafka import properties
 from stream_adapt.kafka.embedded import EmbeddedKafka
@@ -35,6 +39,10 @@ _STALLED_S = 60.0
 #: How long one turn waits for scores.
 _READ_S = 0.05
 _END_TIMEOUT_S = 30.0
+#: The pace, if none is given: all events in so many seconds. With a drift there has to be time for a training.
+_SECONDS, _SECONDS_WITH_DRIFT = 30.0, 240.0
+#: Scores in the topic have seven digits.
+_EQUAL = 1e-6
 
 
 class DemoError(StreamAdaptError):
@@ -47,14 +55,23 @@ class DemoOptions:
 
     source: str = "movielens-100k"
     mapping: Path | None = None  # of a log of one's own
+    drift: bool = False  # the world changes on the way, and the model is refreshed
     fast: bool = False  # without a pace
     as_json: bool = False  # fast; the caller prints the result as JSON
     bootstrap_servers: str | None = None  # None: the embedded Kafka
     partitions: int = 4
     output: Path = Path("reports")  # folder for the plot
     retrain: bool = False  # even if the model is in the cache
-    seconds: float = 30.0  # the pace: all events in this time
+    seconds: float | None = None  # the pace: all events in this time
     metrics_port: int | None = None  # None: a free one
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)  # more of the member's, by section
+
+    @property
+    def pace_s(self) -> float | None:
+        """Seconds for all events; None: no pace. A drift needs one: else all is over before a model is trained."""
+        if self.drift:
+            return self.seconds or _SECONDS_WITH_DRIFT
+        return None if self.fast or self.as_json else self.seconds or _SECONDS
 
 
 class DemoResult(msgspec.Struct, frozen=True):
@@ -84,6 +101,21 @@ class DemoResult(msgspec.Struct, frozen=True):
     seconds: float
 
 
+class DriftResult(DemoResult, frozen=True):
+    """The same with a drift on the way.
+
+    `…_at` are counts of streamed events: those before the first changed one; those before the alarm, as its record
+    says; those before the first one that a refreshed model scored. None: it did not happen. `auc_last_quarter` is of
+    the scores in the topic, `auc_last_quarter_without_refresh` of what the first model alone says of the same records.
+    """
+
+    drift_at: int
+    alarm_at: int | None
+    promoted_at: int | None
+    auc_last_quarter: float
+    auc_last_quarter_without_refresh: float
+
+
 def run_demo(options: DemoOptions) -> DemoResult:
     """Runs the demo; call it in the main thread. Prints to stderr alone.
 
@@ -101,8 +133,14 @@ def run_demo(options: DemoOptions) -> DemoResult:
 def _check(options: DemoOptions) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise ConfigError("matplotlib, which draws the demo's plot, is missing: pip install 'stream-adapt[demo]'")
-    if options.seconds <= 0 or options.partitions < 1:
-        raise ConfigError(f"seconds={options.seconds:g} and partitions={options.partitions} must be above 0")
+    if options.seconds is not None and options.seconds <= 0:
+        raise ConfigError(f"seconds={options.seconds:g} must be above 0")
+    if options.partitions < 1:
+        raise ConfigError(f"partitions={options.partitions} must be above 0")
+    if options.drift and options.fast:
+        raise ConfigError(
+            "drift and fast: a stream that is over in seconds leaves no time to train a model; see --seconds"
+        )
 
 
 class _Demo:
@@ -113,24 +151,36 @@ class _Demo:
         self._stack = stack
         self._console = Console(stderr=True, highlight=False, soft_wrap=True)
         self._broker = ""
+        self._model = Path()
         self._began = time.monotonic()
 
     def run(self) -> DemoResult:
         data = self._open_data()
-        model = self._get_model(data)
+        self._model = self._get_model(data)
+        drift_at = None
+        if self._options.drift:
+            data, drift_at = drifted.drifted(data)
         followed, events = prepare.choose_user(data), prepare.encode(data.second())
-        place = self._settle(model)
-        tally = Tally(len(events), place.topics.scores, followed.user_id)
+        place = self._settle(self._model)
+        tally = Tally([event.event_id for event in events], place.topics.scores, followed.user_id)
         settings = properties.common(place.settings)
         reader = self._stack.enter_context(Reader(settings, [place.topics.scores, place.topics.dead_letters]))
+        beside = self._stack.enter_context(Reader(settings, [place.topics.alarms, place.topics.refresh]))
+        story = Story(place.topics, drift_at) if drift_at is not None else None
         member = self._start_member(place)
-        pace = None if self._options.fast or self._options.as_json else len(events) / self._options.seconds
-        feed = self._stack.enter_context(Feed(settings, place.topics.events, events, pace))
-        with View(self._console, self._stage(place, followed, len(events)), tally) as view:
-            elapsed_s = _flow(feed, reader, member, tally, view)
+        if story is not None:
+            self._await_controller(story, beside, member)
+        pace_s = self._options.pace_s
+        feed = self._stack.enter_context(
+            Feed(settings, place.topics.events, events, None if pace_s is None else len(events) / pace_s)
+        )
+        with View(self._console, self._stage(place, followed, len(events)), tally, story) as view:
+            elapsed_s = _flow(feed, reader, member, tally, view, partial(_news, story, beside, tally))
         member.stop()
         tally.add(reader.read_to_end(_END_TIMEOUT_S))
-        return self._conclude(data, events, place, tally, elapsed_s)
+        if story is not None:
+            story.add(beside.read_to_end(_END_TIMEOUT_S))
+        return self._conclude(data, place, tally, elapsed_s, story)
 
     def _open_data(self) -> Data:
         with self._console.status("data"):
@@ -155,8 +205,16 @@ class _Demo:
         own_broker = options.bootstrap_servers is not None
         self._broker = self._broker or f"Kafka at {address}"
         self._say("broker", f"{self._broker}, {address}" if not own_broker else self._broker)
+        if options.drift:  # what is trained on the way does not belong into the cache
+            model = shutil.copytree(model, folder / "models" / model.name)
         settled = place.prepare_place(
-            folder, model, address, options.partitions, options.metrics_port, own_broker=own_broker
+            folder,
+            model,
+            address,
+            options.partitions,
+            options.metrics_port,
+            own_broker=own_broker,
+            settings=options.settings or (drifted.SETTINGS if options.drift else {}),
         )
         place.create(settled)
         names = settled.topics
@@ -179,23 +237,39 @@ class _Demo:
         self._say("metrics", place.metrics_url)
         return member
 
+    def _await_controller(self, story: Story, reader: Reader, member: Member) -> None:
+        """Until somebody leads the refresh: what is due then is not to be late because a process starts.
+
+        Raises:
+            DemoError: nobody does for a long time. MemberError: the member ended.
+        """
+        deadline = time.monotonic() + READY_TIMEOUT_S
+        with self._console.status("starting the refresh controller"):
+            while story.state is None:
+                story.add(reader.read(_READ_S))
+                member.check()
+                if time.monotonic() > deadline:
+                    raise DemoError(f"nobody leads the refresh after {READY_TIMEOUT_S:g} s.{member.log_tail()}")
+        self._say("refresh", f"leads; alarms and states: {story.topics.alarms}, {story.topics.refresh}")
+
     def _stage(self, place: Place, followed: Followed, events: int) -> Stage:
         title = f"stream-adapt · {self._options.source} · {self._broker} · {place.settings.delivery}"
         return Stage(title, place.metrics_url, events, followed)
 
-    def _conclude(self, data: Data, events: list[Encoded], place: Place, tally: Tally, elapsed_s: float) -> DemoResult:
-        faults = tally.faults(event.event_id for event in events)
+    def _conclude(self, data: Data, place: Place, tally: Tally, elapsed_s: float, story: Story | None) -> DemoResult:
+        faults = tally.faults()
         if faults:
-            raise DemoError(f"{len(events)} events and {tally.outputs} outputs: {'; '.join(faults)}")
-        plot = self._options.output / f"demo-{prepare.file_name(data.source.name)}.png"
-        self._draw(tally, plot, f"{data.source.name}: {tally.scores:,} events through {self._broker}")
+            raise DemoError(f"{tally.events} events and {tally.outputs} outputs: {'; '.join(faults)}")
+        path = self._options.output / f"demo-{'drift-' if story else ''}{prepare.file_name(data.source.name)}.png"
+        alone = self._without_refresh(place, tally) if story else None
+        self._draw(tally, path, f"{data.source.name}: {tally.scores:,} events through {self._broker}", alone, story)
         adapted, frozen = tally.overall()
         result = DemoResult(
             source=data.source.name,
-            events=len(events),
+            events=tally.events,
             scores=tally.scores,
             dead_letters=tally.dead_letters,
-            events_per_s=round(len(events) / elapsed_s, 1),
+            events_per_s=round(tally.events / elapsed_s, 1),
             auc_adapted=adapted.auc,
             auc_frozen=frozen.auc,
             logloss_adapted=adapted.log_loss,
@@ -206,18 +280,71 @@ class _Demo:
             delivery=place.settings.delivery,
             partitions=place.settings.topics.partitions,
             model_version=tally.model_version,
-            plot=str(plot),
+            plot=str(path),
             seconds=round(time.monotonic() - self._began, 1),
         )
         self._console.print(comparison(adapted, frozen))
+        if story is not None and alone is not None:
+            result = self._with_drift(result, tally, story, alone)
         self._tell(result, place, tally)
         return result
 
-    def _draw(self, tally: Tally, path: Path, title: str) -> None:
+    def _without_refresh(self, place: Place, tally: Tally) -> Floats:
+        """Scores `[n]` of the same events by the first model alone.
+
+        Raises:
+            DemoError: before the model was refreshed they are not those in the topic.
+        """
+        from stream_adapt.demo import unrefreshed  # what serves takes seconds to import
+
+        settings, columns = place.settings, tally.columns()
+        with self._console.status("the same events without a refresh"):
+            with Reader(properties.common(settings), [place.topics.events]) as reader:
+                messages = reader.read_to_end(_END_TIMEOUT_S)
+            alone = unrefreshed.beside(columns, unrefreshed.score_alone(settings, settings.model.path, messages))
+        count, difference = unrefreshed.agreement(columns, alone)
+        if not difference <= _EQUAL:
+            raise DemoError(
+                f"the first {count:,} events, scored again by {tally.first_version} from the same records, differ from "
+                f"the scores in the topic by up to {difference:.2g}"
+            )
+        self._say(
+            "checked",
+            f"{count:,} events before a refreshed model, scored again from their records: the same scores as in the "
+            f"topic, to {max(difference, 1e-7):.0e}",
+        )
+        return alone
+
+    def _with_drift(self, result: DemoResult, tally: Tally, story: Story, alone: Floats) -> DriftResult:
+        quarters = drifted.last_quarter(tally, alone)
+        self._console.print(last_quarter(quarters))
+        promoted_at = story.promoted_at(tally)
+        told = [f"alarm after {story.alarm_at:,}"] if story.alarm_at is not None else ["no alarm"]
+        told += [f"refreshed model from {promoted_at:,} on"] if promoted_at is not None else ["no refreshed model"]
+        self._say("drift", f"after {story.drift_at:,} of {result.events:,} events; {', '.join(told)}")
+        for line in story.ending():
+            self._say("refresh", line)
+        if promoted_at is None and story.under_way:
+            self._say(
+                "", f"the stream was over too soon; --seconds {2 * (self._options.pace_s or 0):g} gives it longer"
+            )
+        return DriftResult(
+            **msgspec.structs.asdict(result),
+            drift_at=story.drift_at,
+            alarm_at=story.alarm_at,
+            promoted_at=promoted_at,
+            auc_last_quarter=quarters[ADAPTED].auc,
+            auc_last_quarter_without_refresh=quarters[UNREFRESHED].auc,
+        )
+
+    def _draw(self, tally: Tally, path: Path, title: str, alone: Floats | None, story: Story | None) -> None:
         from stream_adapt.demo import plot
 
         with self._console.status("drawing"):
-            plot.save(tally.curves(), path, title)
+            if story is None or alone is None:
+                plot.save(tally.curves(), path, title)
+            else:
+                plot.save_drift(tally.curves({UNREFRESHED: alone}), path, title, story.marks(tally))
 
     def _tell(self, result: DemoResult, place: Place, tally: Tally) -> None:
         reasons = ", ".join(f"{count:,} {reason}" for reason, count in tally.reasons.most_common())
@@ -232,7 +359,7 @@ class _Demo:
             self._say("topics", f"{place.settings.app.name}.* stay on your broker until you delete them")
         self._say("plot", result.plot)
         self._console.print("\n[bold]Next[/bold]")
-        for command, what in _next_commands(place.settings.model.path):
+        for command, what in _next_commands(self._model):
             self._console.print(f"  [cyan]{command}[/cyan]\n      {what}")
 
     def _say(self, what: str, text: str) -> None:
@@ -240,8 +367,10 @@ class _Demo:
         self._console.print(text, markup=False)
 
 
-def _flow(feed: Feed, reader: Reader, member: Member, tally: Tally, view: View) -> float:
+def _flow(feed: Feed, reader: Reader, member: Member, tally: Tally, view: View, told: Callable[[], list[str]]) -> float:
     """Events in, outputs out, until each event has one; the seconds from the first event to the last output.
+
+    `told` says what else is new, a line each.
 
     Raises:
         DemoError: nothing came for too long.
@@ -252,18 +381,29 @@ def _flow(feed: Feed, reader: Reader, member: Member, tally: Tally, view: View) 
         feed.step()
         tally.add(reader.read(_READ_S if feed.done or feed.paced else 0.0))
         member.check()
-        if feed.produced > tally.outputs and time.monotonic() - tally.last_at > _STALLED_S:
+        if feed.produced > tally.outputs and time.monotonic() - max(tally.last_at, began) > _STALLED_S:
             raise DemoError(
                 f"{feed.produced:,} events are in, {tally.outputs:,} outputs are out, and none came for "
                 f"{_STALLED_S:g} s.{member.log_tail()}"
             )
+        for line in told():
+            view.say(line)
         view.show(feed.produced)
     view.show(feed.produced, last=True)
     return tally.last_at - began
 
 
+def _news(story: Story | None, reader: Reader, tally: Tally) -> list[str]:
+    """What became of the drift since the last call, if there is one."""
+    if story is None:
+        return []
+    story.add(reader.read(0.0))
+    return story.news(tally)
+
+
 def _next_commands(model: Path) -> list[tuple[str, str]]:
     return [
+        ("stream-adapt demo --drift", "the world changes on the way, and the model is refreshed; some minutes"),
         ("stream-adapt demo movielens-1m", "ten times the events; pretraining takes some minutes"),
         ("stream-adapt demo LOG.csv --mapping MAPPING.yaml", "your own log"),
         ("stream-adapt broker --port 9092", "an Apache Kafka of your own, to be left running; then, beside it:"),

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import uuid
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -45,9 +47,16 @@ class Place:
 
 
 def prepare_place(
-    folder: Path, model: Path, bootstrap_servers: str, partitions: int, metrics_port: int | None, *, own_broker: bool
+    folder: Path,
+    model: Path,
+    bootstrap_servers: str,
+    partitions: int,
+    metrics_port: int | None,
+    *,
+    own_broker: bool,
+    settings: Mapping[str, Mapping[str, Any]],
 ) -> Place:
-    """Writes the member's configuration into a folder.
+    """Writes the member's configuration into a folder, `settings` of more sections included.
 
     A broker that others use, too, is given topics with a name of their own.
 
@@ -63,6 +72,7 @@ def prepare_place(
         "model": {"path": str(model)},
         "metrics": {"host": HOST, "port": port},
         "state": {"dir": str(folder / "state")},
+        **{section: dict(values) for section, values in settings.items()},
     }
     path.write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
     environment = _environment(own_broker)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
@@ -15,8 +16,9 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from stream_adapt.demo.drifted import Story
 from stream_adapt.demo.prepare import Followed
-from stream_adapt.demo.tally import Figures, ReadScore, Tally
+from stream_adapt.demo.tally import ADAPTED, FROZEN, UNREFRESHED, Figures, ReadScore, Tally
 
 #: Seconds between two frames, and between two lines where there is no terminal.
 _FRAME_S, _LINE_S = 0.15, 5.0
@@ -27,7 +29,7 @@ _TREND = 48
 _ITEM_WIDTH = 36
 _BAR = 10
 
-ADAPTED, FROZEN = "cyan", "bright_black"
+_STYLES = {ADAPTED: "cyan", FROZEN: "bright_black"}
 
 
 @dataclass(frozen=True)
@@ -43,10 +45,11 @@ class Stage:
 class View:
     """Shows a tally while it grows; as a context manager. Without a terminal it prints a line now and then."""
 
-    def __init__(self, console: Console, stage: Stage, tally: Tally) -> None:
+    def __init__(self, console: Console, stage: Stage, tally: Tally, story: Story | None = None) -> None:
         self._console = console
         self._stage = stage
         self._tally = tally
+        self._story = story
         self._trends: tuple[list[float], list[float]] = ([], [])
         self._live = Live(console=console, auto_refresh=False) if console.is_terminal else None
         self._shown_at = time.monotonic()
@@ -75,6 +78,10 @@ class View:
         else:
             self._console.print(self._line(produced, adapted, frozen), highlight=False, soft_wrap=True)
 
+    def say(self, line: str) -> None:
+        """A line that stays, above the frame."""
+        self._console.print(Text.assemble((f"{self._tally.outputs:>9,}  ", "bold yellow"), line), soft_wrap=True)
+
     def _follow(self, adapted: Figures, frozen: Figures) -> None:
         """Another point of the sparklines, when the next part of the stream is through."""
         if self._tally.outputs * _TREND >= len(self._trends[0]) * self._stage.events:
@@ -90,7 +97,11 @@ class View:
         )
 
     def _frame(self, produced: int, adapted: Figures, frozen: Figures) -> RenderableType:
-        parts = (self._progress(produced), self._figures(adapted, frozen), self._user())
+        parts = [self._progress(produced), self._figures(adapted, frozen), self._user()]
+        if self._story is not None:
+            parts.insert(
+                1, Text.assemble(("refresh  ", "bold"), self._story.standing(), overflow="ellipsis", no_wrap=True)
+            )
         return Panel(
             Group(*parts), title=self._stage.title, subtitle=self._stage.where, width=_WIDTH, border_style="blue"
         )
@@ -114,10 +125,8 @@ class View:
             table.add_column(name, justify="right")
         table.add_column("AUC over time")
         low, high = _range(self._trends)
-        for name, style, figures, trend in (
-            ("adapted", ADAPTED, adapted, self._trends[0]),
-            ("frozen", FROZEN, frozen, self._trends[1]),
-        ):
+        for name, figures, trend in ((ADAPTED, adapted, self._trends[0]), (FROZEN, frozen, self._trends[1])):
+            style = _STYLES[name]
             line = Text(_sparkline(trend, low, high), style)
             table.add_row(Text(name, style), _number(figures.auc), _number(figures.log_loss), line)
         return table
@@ -146,8 +155,8 @@ class View:
         return (
             f"{score.adaptations:,}",
             Text(self._stage.followed.items.get(score.event_id, ""), overflow="ellipsis"),
-            Text(f"{score.frozen_score:.2f}", FROZEN),
-            Text(f"{_bar(score.score)} {score.score:.2f}", ADAPTED),
+            Text(f"{score.frozen_score:.2f}", _STYLES[FROZEN]),
+            Text(f"{_bar(score.score)} {score.score:.2f}", _STYLES[ADAPTED]),
             Text(f"{moved:+.2f}", style),
             "–" if score.target is None else Text("yes", "bold") if score.target else Text("no"),
         )
@@ -157,7 +166,7 @@ def comparison(adapted: Figures, frozen: Figures) -> RenderableType:
     """The table at the end."""
     table = Table(title="whole stream, scored before the answer was known", title_justify="left")
     table.add_column("")
-    for name, style in (("adapted", ADAPTED), ("frozen", FROZEN)):
+    for name, style in _STYLES.items():
         table.add_column(name, style=style, justify="right")
     table.add_column("difference", justify="right")
     rows = (
@@ -170,6 +179,17 @@ def comparison(adapted: Figures, frozen: Figures) -> RenderableType:
         ours, theirs = getattr(adapted, name), getattr(frozen, name)
         difference = Text(f"{ours - theirs:+.4f}", "green" if (ours - theirs) * better > 0 else "red")
         table.add_row(label, _number(ours), _number(theirs), difference)
+    return table
+
+
+def last_quarter(found: Mapping[str, Figures]) -> RenderableType:
+    """What refreshing was worth: the last quarter of the stream, with it and without."""
+    table = Table(title="last quarter of the stream", title_justify="left")
+    for name in ("", "AUC", "AUC within users", "log-loss"):
+        table.add_column(name, justify="right" if name else "left")
+    named = {ADAPTED: "adapted, with refresh", UNREFRESHED: "adapted, without refresh", FROZEN: "frozen, with refresh"}
+    for name, of in found.items():
+        table.add_row(named[name], *map(_number, (of.auc, of.grouped_auc, of.log_loss)))
     return table
 
 

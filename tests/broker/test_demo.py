@@ -19,6 +19,7 @@ import pytest
 from confluent_kafka.admin import AdminClient
 
 from stream_adapt.datasets import open_source
+from stream_adapt.datasets.synthetic import Synthetic, source
 from stream_adapt.kafka.embedded import cache_dir
 from stream_adapt.testing.broker import RunningBroker
 
@@ -154,3 +155,62 @@ def _read_until(demo: subprocess.Popen[str], what: str) -> str:
         if what in line:
             return "".join(lines)
     pytest.fail(f"the demo ended before it said {what!r}:\n{''.join(lines)}")
+
+
+#: The world may change whenever it likes: the log is small, and that an alarm is right is not the question here.
+QUICK = {
+    "drift": {
+        "group_events": 64,
+        "reference_events": 2_048,
+        "parameters": {"min_instances": 1, "delta": 0.2, "threshold": 5.0, "mode": "up"},
+    },
+    "refresh": {
+        "mode": "child",
+        "settle_events": 1_500,
+        "training_s": 10,
+        "shadow_events": 500,
+        "error": 0.1,
+    },
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(400)
+def test_a_drift_on_the_way_is_scored_once_more_without_a_refresh_and_agrees(desk: Desk, own_broker: str) -> None:
+    demo = desk.start(as_json=True, bootstrap_servers=own_broker, drift=True, seconds=8.0)
+    out, said = demo.communicate(timeout=360)
+    assert demo.returncode == 0, said
+    result = json.loads(out)
+    assert EVENTS // 10 == result["drift_at"]
+    assert (None, None) == (result["alarm_at"], result["promoted_at"])  # too few events for a reference
+    assert "the world changes after 400 events" in said
+    assert f"{EVENTS // 2 - LATE:,} events before a refreshed model, scored again" in said
+    assert result["auc_last_quarter_without_refresh"] == pytest.approx(result["auc_last_quarter"], abs=1e-6)
+    assert Path(result["plot"]).name == "demo-drift-log.jsonl.png"
+    assert Path(result["plot"]).read_bytes().startswith(b"\x89PNG")
+    assert list(desk.temporary.iterdir()) == []
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(700)
+def test_a_drift_on_the_way_is_detected_and_a_refreshed_model_does_better(desk: Desk, own_broker: str) -> None:
+    events = source(Synthetic(seed=3, events=32_000, drift="none", users=500, items=150)).events()
+    # Without features an id is all there is to know an item by.
+    records = (msgspec.structs.asdict(event) | {"features": {}} for event in events)
+    (desk.folder / "longer.jsonl").write_bytes(b"\n".join(map(msgspec.json.encode, records)))
+    demo = desk.start(
+        source=str(desk.folder / "longer.jsonl"),
+        as_json=True,
+        bootstrap_servers=own_broker,
+        drift=True,
+        seconds=180.0,
+        settings=QUICK,
+    )
+    out, said = demo.communicate(timeout=660)
+    assert demo.returncode == 0, said
+    result = json.loads(out)
+    assert 3_200 == result["drift_at"]
+    assert 3_200 < result["alarm_at"] < result["promoted_at"] < 16_000, said
+    assert result["auc_last_quarter"] > result["auc_last_quarter_without_refresh"] + 0.02
+    assert result["model_version"] in said
+    assert list(desk.temporary.iterdir()) == []

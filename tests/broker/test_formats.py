@@ -1,10 +1,10 @@
-"""A member that reads and writes Avro: every event once, and nothing is refused because the registry is away."""
+"""A member that reads and writes Avro or Protobuf: every event once, also when the registry goes away."""
 
 from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from broker_app import App, event
@@ -12,7 +12,9 @@ from click.testing import CliRunner
 from registry_server import RegistryServer, registry_server
 
 from stream_adapt.cli import cli
+from stream_adapt.codecs import InputCodec
 from stream_adapt.codecs.avro import AvroInput
+from stream_adapt.codecs.protobuf import ProtobufInput
 from stream_adapt.codecs.registry import Registry
 from stream_adapt.record import UserEvent
 from stream_adapt.testing.broker import read_all
@@ -26,13 +28,16 @@ def server() -> Iterator[RegistryServer]:
         yield one
 
 
-def test_avro_in_and_out_with_an_erasure_and_a_registry_that_goes_away(app: App, server: RegistryServer) -> None:
+@pytest.mark.parametrize(("form", "make"), [("avro", AvroInput), ("protobuf", ProtobufInput)], ids=["avro", "protobuf"])
+def test_in_and_out_with_an_erasure_and_a_registry_that_goes_away(
+    app: App, server: RegistryServer, form: str, make: Callable[[Registry, str], InputCodec]
+) -> None:
     config = app.config(
-        input={"format": "avro"}, output={"format": "avro"}, registry={"url": server.url}, log={"format": "json"}
+        input={"format": form}, output={"format": form}, registry={"url": server.url}, log={"format": "json"}
     )
     member = app.start(config=config)
     producers = Registry(server.url, {}, register=True)
-    codec = AvroInput(producers, f"{app.name}.events")
+    codec = make(producers, f"{app.name}.events")
 
     def produce(numbers: range) -> None:
         events = [UserEvent(**event(number)) for number in numbers]
@@ -67,7 +72,7 @@ def test_avro_in_and_out_with_an_erasure_and_a_registry_that_goes_away(app: App,
     values = outputs(156)
     assert 0 == app.stop(member)
 
-    reader = AvroInput(producers, app.scores_topic)
+    reader = make(producers, app.scores_topic)
     reader.prepare(values)
     records = [json.loads(reader.to_json(value)) for value in values]
     assert {f"e{number}" for number in range(150)} == {r["event_id"] for r in records if "score" in r}

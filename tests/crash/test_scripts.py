@@ -37,14 +37,19 @@ def test_the_learning_topic_says_what_the_scores_say() -> None:
     assert -sum(map(math.log, frozen)) == pytest.approx(sum(one.loss_frozen for one in told), abs=1e-4)
 
 
-@pytest.mark.parametrize("most", [MOST, 5], ids=["", "reading_ahead"])
 @pytest.mark.parametrize("call", [1, 3])
 @pytest.mark.parametrize(("point", "effect"), EVERYTHING, ids=lambda value: value.name)
-def test_one_crash_is_survived(point: Point, effect: Effect, call: int, most: int) -> None:
+def test_one_crash_is_survived(point: Point, effect: Effect, call: int, most: int = MOST) -> None:
     enough = {Point.INIT: 1, Point.ABORT: 1}.get(point, call)  # a calm run has no more of these
     before = [Crash(Point.PRODUCE, 2, Effect.ABORTABLE)] if point is Point.ABORT else []
     deployment = survived([*before, Crash(point, enough, effect)], most=most)
     assert effect is deployment.broker.happened[-1].effect
+
+
+@pytest.mark.parametrize("call", [1, 3])
+@pytest.mark.parametrize(("point", "effect"), EVERYTHING, ids=lambda value: value.name)
+def test_one_crash_is_survived_while_the_next_batch_is_held(point: Point, effect: Effect, call: int) -> None:
+    test_one_crash_is_survived(point, effect, call, most=5)
 
 
 crashes = st.sampled_from(EVERYTHING).flatmap(

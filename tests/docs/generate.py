@@ -35,7 +35,7 @@ _BLOCK = re.compile(r"(<!-- generated: ([a-z0-9-]+) -->\n).*?(<!-- /generated --
 #: What the tables cannot take from the code.
 _TOPIC_MEANINGS = (
     "event v1, yours: what users do. Key: the user id.",
-    "score v1, one for each event; receipt v1, one for each erasure. Key: the user id.",
+    "score v1, one for each event since `output.emit_from`; receipt v1, one for each erasure. Key: the user id.",
     "refused records, bytes unchanged, the reason in the headers. Key: the record's.",
     "rows: the last version of each, and where their shard stands. Key: the kind of row and the id.",
     "learning v1, one or more for each transaction with events: how well they were predicted, as sums. No key.",

@@ -202,6 +202,28 @@ def test_timeouts_must_agree() -> None:
     assert "far below" in refusal(None, input__latency_ms=2_000, kafka__transaction_timeout_ms=4_000)
 
 
+@pytest.mark.parametrize(
+    "written",
+    [
+        "2026-07-01T00:00:00Z",
+        "'2026-07-01T00:00:00Z'",
+        "2026-07-01T02:00:00+02:00",
+        "'2026-07-01T02:00+02:00'",
+        "1782864000000",
+    ],
+)
+def test_a_moment_is_read_with_its_zone_or_in_ms(written: str) -> None:
+    assert 1_782_864_000_000 == load(None, {"STREAM_ADAPT_OUTPUT_EMIT_FROM": written}).config.output.emit_from
+
+
+@pytest.mark.parametrize(
+    "written", ["2026-07-01", "2026-07-01T00:00:00", "'2026-07-01'", "yesterday", "-1", "1.5", "1782864000"]
+)
+def test_what_is_no_moment_is_refused(written: str) -> None:
+    with pytest.raises(ConfigError, match=r"output\.emit_from"):
+        load(None, {"STREAM_ADAPT_OUTPUT_EMIT_FROM": written})
+
+
 def test_idle_users_are_not_forgotten_sooner_than_clocks_may_be_wrong() -> None:
     said = refusal(None, state__ttl_s=3600)
     assert "state.ttl_s=3600.0 must be above input.max_future_s=86400" in said

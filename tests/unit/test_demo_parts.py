@@ -16,6 +16,8 @@ from stream_adapt.demo.member import Member, MemberError
 from stream_adapt.demo.tally import ReadScore, Tally
 from stream_adapt.errors import ConfigError, DataError
 
+IDS = [f"e{number}" for number in range(1, 4)]
+
 
 class Message:
     """As the reader hands them on."""
@@ -34,7 +36,7 @@ class Message:
 
 
 def score(number: int, user: str = "u", adapted: float = 0.5, target: int | None = 1) -> Message:
-    return Message("scores", ReadScore(f"e{number}", user, adapted, 0.5, target, number, "v1", number, number))
+    return Message("scores", ReadScore(f"e{number}", user, adapted, 0.5, target, number, "v1", 0, number))
 
 
 def letter(value: Any) -> Message:
@@ -43,26 +45,26 @@ def letter(value: Any) -> Message:
 
 @pytest.fixture
 def tally() -> Tally:
-    return Tally(10, "scores", followed="u")
+    return Tally(IDS, "scores", followed="u")
 
 
 def test_one_output_for_every_event_is_no_fault(tally: Tally) -> None:
     tally.add([score(1), score(2), letter({"event_id": "e3"})])
-    assert tally.faults(["e1", "e2", "e3"]) == []
+    assert tally.faults() == []
     assert (tally.scores, tally.dead_letters, tally.outputs) == (2, 1, 3)
     assert tally.reasons == {"future_timestamp": 1}
 
 
 def test_a_missing_a_doubled_and_an_unknown_output_are_named(tally: Tally) -> None:
-    tally.add([score(1), score(1), letter(b"not an event")])
-    missing, extra = tally.faults(["e1", "e2"])
+    tally.add([score(1), score(1), score(3), letter(b"not an event")])
+    missing, extra = tally.faults()
     assert missing == "1 events without an output, such as e2"
     assert extra == "2 outputs too many, such as a dead letter that is no event, e1"
 
 
 def test_a_score_and_a_dead_letter_of_one_event_are_one_too_many(tally: Tally) -> None:
-    tally.add([score(1), letter({"event_id": "e1"})])
-    assert tally.faults(["e1"]) == ["1 outputs too many, such as e1"]
+    tally.add([score(1), score(2), score(3), letter({"event_id": "e1"})])
+    assert tally.faults() == ["1 outputs too many, such as e1"]
 
 
 def test_figures_are_of_scores_whose_outcome_is_known(tally: Tally) -> None:
@@ -74,7 +76,7 @@ def test_figures_are_of_scores_whose_outcome_is_known(tally: Tally) -> None:
 
 def test_the_cold_start_curve_counts_each_users_events_in_their_order(tally: Tally) -> None:
     tally.add([score(2, "a", 0.8), score(3, "b", 0.5), score(1, "a", 0.5)])
-    first, later = tally.curves().cold_start[0][:2]
+    first, later = tally.curves().cold_start["adapted"][:2]
     assert (first.events, later.events) == (2, 1)
     assert later.value == pytest.approx(-math.log(0.8))
 
@@ -104,6 +106,8 @@ def test_a_member_that_ends_by_itself_is_shown_with_its_log_and_its_exit_code(tm
 def test_unusable_options_are_refused_before_anything_is_started() -> None:
     with pytest.raises(ConfigError, match="seconds=0"):
         run_demo(DemoOptions(seconds=0))
+    with pytest.raises(ConfigError, match="no time to train"):
+        run_demo(DemoOptions(drift=True, fast=True))
     with pytest.raises(DataError, match="no-such-source"):
         run_demo(DemoOptions(source="no-such-source"))
 

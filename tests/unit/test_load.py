@@ -6,13 +6,11 @@ from itertools import count, islice
 
 import pytest
 
-from stream_adapt.config import Config
 from stream_adapt.datasets import synthetic
 from stream_adapt.datasets.source import Source
 from stream_adapt.datasets.synthetic import Synthetic
-from stream_adapt.errors import ConfigError, DataError
-from stream_adapt.load import Load, endless, run_load
-from stream_adapt.shutdown import Shutdown
+from stream_adapt.errors import DataError
+from stream_adapt.load import endless
 
 
 def small(events: int = 10) -> Source:
@@ -41,10 +39,3 @@ def test_a_source_without_events_is_an_error_and_not_a_loop() -> None:
 
     with pytest.raises(DataError, match="empty: no events"):
         next(endless(empty, 0.0))
-
-
-def test_a_format_that_it_does_not_write_is_refused() -> None:
-    config = Config.model_validate({"input": {"format": "avro"}, "registry": {"url": "http://127.0.0.1:1"}})
-
-    with pytest.raises(ConfigError, match="a load is written as JSON"):
-        run_load(config, Load("synthetic"), Shutdown())

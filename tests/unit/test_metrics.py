@@ -219,6 +219,12 @@ def test_events_are_scores_plus_dead_letters_and_advance_only_with_a_commit(memb
     assert member.value("batch_records_bucket", le="16.0") == 1.0
 
 
+def test_scores_that_are_withheld_are_counted_apart(member: Member) -> None:
+    member.metrics.committed(replace(work_of([0.2, 0.7, 0.9], reasons=("not_json",)), withheld=2), Outcome.COMMITTED)
+    names = ("events_total", "scores_total", "withheld_scores_total")
+    assert [4.0, 1.0, 2.0] == [member.value(name) for name in names]
+
+
 def test_a_scrape_at_any_moment_sees_events_equal_scores_plus_dead_letters(member: Member) -> None:
     done = threading.Event()
 

@@ -156,3 +156,36 @@ def test_a_quarantined_record_is_a_dead_letter_that_nobody_looked_into() -> None
     work = made(raw(event("ann", 1), event("ann", 2), event("ann", 3)))
     assert [("crash", 1)] == [(d.reason, d.offset) for d in work.dead_letters]
     assert [1, 2] == adaptations(work)
+
+
+def test_events_from_before_a_moment_are_learned_from_and_have_no_score() -> None:
+    silent, plain = pipeline(emit_from_ms=EPOCH_MS + 3_000), pipeline()
+    first = [event("ann", 1), event("ann", 2), erase("bob"), {**event("eve", 9), "label": "x"}, event("ann", 4)]
+    then = [event("ann", 2), event("ann", 3), event("ann", 5)]
+    for number, records in enumerate((first, then)):
+        told = silent(raw(*records, first_offset=10 * number))
+        all_of_it = plain(raw(*records, first_offset=10 * number))
+        scores, expected = told.outputs[0], all_of_it.outputs[0]
+        kept = [i for i, value in enumerate(expected.values) if b'"event_id":"e1"' not in value and b"e2" not in value]
+        assert [expected.values[i] for i in kept] == list(scores.values)
+        assert [expected.offsets[i] for i in kept] == list(scores.offsets)
+        assert [len(outputs) for outputs in all_of_it.outputs[1:]] == [len(outputs) for outputs in told.outputs[1:]]
+        assert len(expected.values) - len(kept) == told.withheld
+        assert (all_of_it.records, 0) == (told.records, all_of_it.withheld)
+        assert silent.learned([told])[0].values == plain.learned([all_of_it])[0].values
+    silent.adapter.commit()
+    plain.adapter.commit()
+    assert rows_of(plain.adapter.users) == rows_of(silent.adapter.users)
+
+
+def test_what_is_withheld_adds_up_over_the_chunks_of_a_batch() -> None:
+    made = pipeline(emit_from_ms=EPOCH_MS + 3_000)
+    parts = [made(raw(event("ann", n), first_offset=n)) for n in (1, 2, 3)]
+    assert 2 == Work.joined(parts).withheld
+
+
+def test_a_late_event_from_before_the_moment_is_still_a_dead_letter_where_told() -> None:
+    made = pipeline(Screen(1000, int(Flag.LATE)), late_is_dead=True, emit_from_ms=EPOCH_MS + 5_000)
+    work = made(raw(event("ann", 6), event("ann", 1), event("ann", 7)))
+    assert ([("late", 1)], 0) == ([(d.reason, d.offset) for d in work.dead_letters], work.withheld)
+    assert [2, 1] == [len(outputs) for outputs in work.outputs]

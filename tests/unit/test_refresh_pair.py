@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from functools import cache
 
 import msgspec
@@ -13,6 +14,8 @@ from learner_streams import FEEDBACK, KNOWN_ITEMS, START_MS, random_model
 from registry_server import registry_server
 
 from stream_adapt.codecs.avro import AvroInput
+from stream_adapt.codecs.framed import FramedInput
+from stream_adapt.codecs.protobuf import ProtobufInput
 from stream_adapt.codecs.registry import Registry
 from stream_adapt.config import Config
 from stream_adapt.meta import refine
@@ -119,17 +122,20 @@ def test_a_sample_is_of_whole_users_and_about_as_large_as_asked_for() -> None:
     assert {u for u in users if sampled(u, 0.1)} < {u for u in users if sampled(u, 0.3)}
 
 
-def test_events_in_avro_are_compared_as_those_in_json() -> None:
+@pytest.mark.parametrize(("form", "make"), [("avro", AvroInput), ("protobuf", ProtobufInput)], ids=["avro", "protobuf"])
+def test_events_in_another_format_are_compared_as_those_in_json(
+    form: str, make: Callable[[Registry, str], FramedInput]
+) -> None:
     events = world(60, seed=4)
     with registry_server() as server:
-        sections = {"input": {"format": "avro"}, "registry": {"url": server.url}, "topics": {"events": "events"}}
-        codec = AvroInput(Registry(server.url, {}, register=True), "events")
-        in_avro = SideBySide(Config.model_validate(sections), random_model(), random_model(), "carry")
-        in_avro.begin({0: 0}, {})
+        sections = {"input": {"format": form}, "registry": {"url": server.url}, "topics": {"events": "events"}}
+        codec = make(Registry(server.url, {}, register=True), "events")
+        framed = SideBySide(Config.model_validate(sections), random_model(), random_model(), "carry")
+        framed.begin({0: 0}, {})
         in_json = raw(events)
-        in_avro.follow(RawBatch(in_json.keys, [codec.event(e) for e in events], in_json.partitions, in_json.offsets))
+        framed.follow(RawBatch(in_json.keys, [codec.event(e) for e in events], in_json.partitions, in_json.offsets))
     plain = SideBySide(Config(), random_model(), random_model(), "carry")
     plain.begin({0: 0}, {})
     plain.follow(raw(events))
-    assert 60 == in_avro.events
-    assert plain.compared() == in_avro.compared()
+    assert 60 == framed.events
+    assert plain.compared() == framed.compared()

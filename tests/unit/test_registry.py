@@ -96,6 +96,10 @@ def newer(folder: Path) -> None:
     (folder / "manifest.json").write_text('{"format": 9}')
 
 
+def older(folder: Path) -> None:
+    (folder / "manifest.json").write_text('{"format": 1}')
+
+
 def rename(folder: Path) -> None:
     (folder / "manifest.json").write_text((folder / "manifest.json").read_text().replace(folder.name, "other"))
 
@@ -106,7 +110,8 @@ def rename(folder: Path) -> None:
         (truncate, "its SHA-256 is"),
         (flip, "its SHA-256 is"),
         (not_json, "cannot be read as JSON"),
-        (newer, "format=9, this release reads 2, 3"),
+        (newer, "format=9, this release reads 2, 3. To do: run the release that wrote it"),
+        (older, "format=1, this release reads 2, 3. To do: pretrain again"),
         (rename, "its manifest says version other"),
     ],
     ids=lambda value: getattr(value, "__name__", None),
