@@ -864,18 +864,32 @@ def bench_scale(as_json: bool, **parameters: Any) -> None:
     type=click.Path(file_okay=False, path_type=Path),
     help="For models and what the streams told; below the cache folder if not given.",
 )
+@click.option("--recovery/--no-recovery", default=True, show_default=True, help="Simulate refreshes, too: hours.")
+@click.option(
+    "--rate",
+    default=100.0,
+    show_default=True,
+    type=click.FloatRange(min=0, min_open=True),
+    help="Events/s of that simulation: so many pass while a challenger is trained.",
+)
 @_json_option
 def bench_drift(as_json: bool, **options: Any) -> None:
-    """How surely and how soon known drifts are detected, and how often where there is none.
+    """How surely and how soon known drifts are detected, and what refreshes are worth then.
 
     Each data set's second half, in its real order, as it is and with drifts put in: half of the items' labels turned
     round (flip), items taken for one another (permute), turned bit by bit (gradual), turned and back (recurring), and a
     harmless one, in which only the base rate moves.
+
+    Each of them also with the leader of a refresh beside the member: how soon log-loss is what it was before, with
+    refreshes and without; what scheduled ones cost where nothing moved; whether bad challengers are refused.
     """
     from rich.console import Console
 
+    from stream_adapt import logs
     from stream_adapt.bench_drift import DriftBench, run_drift, show
+    from stream_adapt.config import LogSection
 
+    logs.configure(LogSection(level="error"))  # a simulated leader has as much to say as a real one
     console = Console(stderr=True)
     result = run_drift(DriftBench(**options), console)
     _print(result, as_json)

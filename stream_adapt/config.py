@@ -275,6 +275,12 @@ class RefreshSettings(_Section):
     settle_events: int = Field(
         4_096, ge=0, description="Labelled events after an alarm before training: of the new world, to learn from."
     )
+    again: float = Field(
+        2.0,
+        ge=1,
+        description="After drift, train again whenever the new world has so many times the events that the last "
+        "training had of it, until they fill the window. 1: no.",
+    )
     window_s: Positive = Field(604_800, description="How far back training reads the input, by the records' times.")
     window_events: int = Field(500_000, ge=1_000, le=100_000_000, description="The newest of these, at most.")
     training_s: Positive = Field(600, description="Time for a training; one that takes twice that is killed.")

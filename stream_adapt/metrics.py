@@ -364,7 +364,7 @@ FAMILIES: tuple[Family, ...] = (
         "stream_adapt_refresh_decision_timestamp_seconds",
         "gauge",
         "seconds",
-        "How the last refresh ended, and when, since 1970.",
+        "How the last refresh ended (promoted, rejected, rolled_back, failed), and when, since 1970.",
         {"outcome": OPEN},
     ),
     Family(

@@ -7,8 +7,9 @@ Expressions are those of `stream_adapt.metrics.EXPRESSIONS` where there is one. 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import count
+from itertools import chain
 from pathlib import Path
 from string import ascii_uppercase
 
@@ -42,7 +43,10 @@ class Query:
 
 @dataclass(frozen=True)
 class Graph:
-    """One panel: a graph over time or, with `number`, the last value large; red from `alarm` on."""
+    """One panel: a graph over time or, with `number`, the last value large; red from `alarm` on.
+
+    `alerts` are those that lead here: their annotation `dashboard` shows this panel.
+    """
 
     title: str
     unit: str
@@ -50,6 +54,7 @@ class Graph:
     queries: tuple[Query, ...]
     number: bool = False
     alarm: float | None = None
+    alerts: tuple[str, ...] = ()
 
 
 def quality(name: str) -> str:
@@ -80,35 +85,39 @@ def rate(counter: str, by: str = "") -> str:
 ROWS: dict[str, tuple[Graph, ...]] = {
     "Is it healthy": (
         Graph("Members that answer", "short", "Of all that Prometheus knows.",
-              (Query('sum(up{job=~"$job"})', "up"), Query('count(up{job=~"$job"})', "known")), number=True),
+              (Query('sum(up{job=~"$job"})', "up"), Query('count(up{job=~"$job"})', "known")), number=True,
+              alerts=("Absent", "Down")),
         Graph("Alerts that fire", "short", "Each has its section in the README.",
               (Query('count(ALERTS{alertname=~"StreamAdapt.*", alertstate="firing"}) or vector(0)', "firing"),),
               number=True, alarm=1),
         Graph("Since the loop's last turn", "s", "What /healthz judges by: it grows where the loop stands still.",
-              (Query("time() - max by (instance) (stream_adapt_last_turn_timestamp_seconds)", "{{instance}}"),)),
+              (Query("time() - max by (instance) (stream_adapt_last_turn_timestamp_seconds)", "{{instance}}"),),
+              alerts=("Stalled",)),
         Graph("Without any broker", "s", "How long no broker has been connected.",
-              (Query("max by (instance) (stream_adapt_unreachable_seconds)", "{{instance}}"),)),
+              (Query("max by (instance) (stream_adapt_unreachable_seconds)", "{{instance}}"),),
+              alerts=("BrokerUnreachable",)),
         Graph("Transactions a second", "ops", "By outcome. Aborted ones are done again.",
-              (Query(rate("stream_adapt_transactions_total", "outcome"), "{{outcome}}"),)),
+              (Query(rate("stream_adapt_transactions_total", "outcome"), "{{outcome}}"),), alerts=("Aborting",)),
         Graph("Kafka client errors a second", "ops", "By kind; the log has them with broker and reason.",
-              (Query(rate("stream_adapt_client_errors_total", "kind"), "{{kind}}"),)),
+              (Query(rate("stream_adapt_client_errors_total", "kind"), "{{kind}}"),), alerts=("Fenced",)),
         Graph("Dead letters a second", "ops", "By reason. `stream-adapt dead-letters list` shows them.",
               (Query(rate("stream_adapt_dead_letters_total", "reason") + " > 0", "{{reason}}"),
-               Query(rate("stream_adapt_dead_letters_total"), "all"))),
+               Query(rate("stream_adapt_dead_letters_total"), "all")), alerts=("DeadLetters",)),
         Graph("Rebalances", "short", "Partitions given and taken, by member, over $window.",
               (Query("sum by (instance, kind) (increase(stream_adapt_rebalances_total[$window]))",
                      "{{instance}} {{kind}}"),)),
         Graph("Rows to be restored", "short", "Changelog offsets that are still to be read, by member.",
-              (Query("sum by (instance) (stream_adapt_restore_remaining_records)", "{{instance}}"),)),
+              (Query("sum by (instance) (stream_adapt_restore_remaining_records)", "{{instance}}"),),
+              alerts=("RestoreStalled",)),
     ),
     "Is it keeping up": (
         Graph("Events a second", "ops", "Committed, and read: what is read and not committed is done again.",
               (Query(speed("events per second"), "committed"),
                Query(rate("stream_adapt_polled_records_total"), "read"))),
         Graph("Lag in records", "short", "By partition.",
-              (Query("max by (partition) (stream_adapt_lag_records)", "{{partition}}"),)),
+              (Query("max by (partition) (stream_adapt_lag_records)", "{{partition}}"),), alerts=("NotProgressing",)),
         Graph("Lag in seconds", "s", "By partition: age of the last committed event while others wait.",
-              (Query("max by (partition) (stream_adapt_lag_seconds)", "{{partition}}"),)),
+              (Query("max by (partition) (stream_adapt_lag_seconds)", "{{partition}}"),), alerts=("Lag",)),
         Graph("From event to commit", "s", "Quantiles; they mean little while old events are replayed.",
               tuple(Query(speed("end-to-end seconds, 99 %").replace("0.99", q), f"{float(q):.0%}")
                     for q in ("0.5", "0.95", "0.99"))),
@@ -124,7 +133,7 @@ ROWS: dict[str, tuple[Graph, ...]] = {
         Graph("Log-loss", "none", "Less is better. frozen: the same model without adaptation.",
               (Query(quality("log-loss"), "{{which}}"),)),
         Graph("Lift", "none", "Log-loss, frozen less adapted: below 0 adaptation does harm.",
-              (Query(quality("log-loss lift"), "lift"),)),
+              (Query(quality("log-loss lift"), "lift"),), alerts=("NoLift",)),
         Graph("AUC", "none", "From histograms of scores that add up over members; good to 0.005.",
               (Query(quality("AUC"), "{{which}}"), Query(quality("AUC lift"), "lift"))),
         Graph("Lift by which of its user's events", "none", "What adaptation gains a newcomer, and how soon.",
@@ -137,15 +146,34 @@ ROWS: dict[str, tuple[Graph, ...]] = {
               (Query("sum(rate(stream_adapt_score_change_sum[$window]))"
                      " / sum(rate(stream_adapt_score_change_count[$window]))", "change"),)),
         Graph("Flags a second", "ops", "nan_undone: updates that were not finite, and were undone.",
-              (Query(rate("stream_adapt_flagged_scores_total", "flag"), "{{flag}}"),)),
+              (Query(rate("stream_adapt_flagged_scores_total", "flag"), "{{flag}}"),), alerts=("NotFinite",)),
     ),
-    "What is it made of": (
+    "Is the world moving": (
+        Graph("Drift", "none", "Mean of each signal over the last groups of events, and what it was in the reference.",
+              (Query("max by (signal, domain) (stream_adapt_drift_statistic)", "{{signal}} {{domain}}"),
+               Query("max by (signal, domain) (stream_adapt_drift_reference)", "{{signal}} {{domain}}, reference"))),
+        Graph("Since the last drift alarm", "s", "By signal, as the one who leads saw it.",
+              (Query("time() - max by (signal) (stream_adapt_drift_alarm_timestamp_seconds)", "{{signal}}"),),
+              alerts=("ModelStale",)),
+        Graph("State of the refresh", "s", "Which one it is in, and for how long.",
+              (Query("time() - max by (state) (stream_adapt_refresh_state_timestamp_seconds)", "{{state}}"),)),
+        Graph("Since the last refresh ended", "s", "By how it ended. `stream-adapt models show` says why.",
+              (Query("time() - max by (outcome) (stream_adapt_refresh_decision_timestamp_seconds)", "{{outcome}}"),),
+              alerts=("RefreshFailed",)),
+        Graph("Since the refresh told where it is", "s", "It does so every two seconds while somebody leads.",
+              (Query("time() - max(stream_adapt_refresh_told_timestamp_seconds > 0)", "told"),
+               Query("sum(stream_adapt_refresh_leader)", "leaders")), alerts=("RefreshSilent",)),
+        Graph("Models taken into service", "short", "By member, over $window.",
+              (Query("sum by (instance) (increase(stream_adapt_model_swaps_total[$window]))", "{{instance}}"),)),
         Graph("Models served", "short", "Members by version of the model.",
-              (Query("count by (version) (stream_adapt_model_info)", "{{version}}"),)),
+              (Query("count by (version) (stream_adapt_model_info)", "{{version}}"),), alerts=("VersionsDiffer",)),
         Graph("Models not served", "short",
               "Members to which another model is announced; looks at it that failed, over $window.",
               (Query("sum by (instance) (stream_adapt_model_outdated)", "{{instance}}"),
-               Query("sum by (reason) (increase(stream_adapt_models_refused_total[$window]))", "{{reason}}"))),
+               Query("sum by (reason) (increase(stream_adapt_models_refused_total[$window]))", "{{reason}}")),
+              alerts=("ModelOutdated",)),
+    ),
+    "What is it made of": (
         Graph("Releases", "short", "Members by release, Python and librdkafka.",
               (Query("count by (version, python, librdkafka) (stream_adapt_build_info)",
                      "{{version}}, Python {{python}}, librdkafka {{librdkafka}}"),)),
@@ -165,7 +193,8 @@ ROWS: dict[str, tuple[Graph, ...]] = {
         Graph("Restoring", "ops", "Changelog records read a second, by member.",
               (Query(rate("stream_adapt_restore_records_total", "instance"), "{{instance}}"),)),
         Graph("Rows refused", "short", "Damaged changelog records left out since each member's start.",
-              (Query("sum by (instance, reason) (stream_adapt_rows_refused_total)", "{{instance}} {{reason}}"),)),
+              (Query("sum by (instance, reason) (stream_adapt_rows_refused_total)", "{{instance}} {{reason}}"),),
+              alerts=("RowsRefused",)),
     ),
 }  # fmt: skip
 
@@ -197,12 +226,27 @@ def built() -> str:
             .current(VariableOption(text="1h", value="1h", selected=True))
         )
     )
-    numbers = count(1)
-    for title, graphs in ROWS.items():
-        board = board.with_row(dashboard.Row(title).id(next(numbers)))
-        for graph in graphs:
-            board = board.with_panel(_panel(graph).id(next(numbers)))
+    for number, one in numbered():
+        if isinstance(one, str):
+            board = board.with_row(dashboard.Row(one).id(number))
+        else:
+            board = board.with_panel(_panel(one).id(number))
     return str(JSONEncoder(sort_keys=True, indent=2).encode(board.build())) + "\n"
+
+
+def numbered() -> Iterator[tuple[int, str | Graph]]:
+    """Rows, by title, and panels in their order, with their ids."""
+    yield from enumerate(chain.from_iterable((title, *graphs) for title, graphs in ROWS.items()), 1)
+
+
+def links() -> dict[str, str]:
+    """Alert → where it is seen: the annotation `dashboard` of its rule."""
+    return {
+        f"StreamAdapt{alert}": f"/d/{UID}?viewPanel={number}"
+        for number, one in numbered()
+        if isinstance(one, Graph)
+        for alert in one.alerts
+    }
 
 
 def _link(title: str, url: str) -> dashboard.DashboardLink:

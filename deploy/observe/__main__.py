@@ -15,20 +15,37 @@ import time
 from pathlib import Path
 
 from check import run_check
+from flow import drifting
 from rich.console import Console
 from world import Settings, World
 
 from stream_adapt import logs
+from stream_adapt.config import LogSection
 from stream_adapt.errors import StreamAdaptError
 from stream_adapt.shutdown import Shutdown, StopAtOnce
+
+#: With 300 events a second: what is normal is known after a minute, and half a minute later the world moves.
+_DRIFT_AFTER = 27_000
+_REFRESHING = {
+    "refresh": {
+        "mode": "child",
+        "cooldown_s": 60,
+        "settle_events": 3_000,
+        "window_events": 30_000,
+        "training_s": 30,
+        "shadow_events": 2_000,
+        "watch_events": 8_000,
+    }
+}
 
 
 def observe(folder: Path, console: Console, port: int | None) -> None:
     """Until Ctrl-C."""
-    with Shutdown().installed() as shutdown, World(Settings(prometheus_port=port), folder, console) as world:
+    settings = Settings(leader=_REFRESHING, prometheus_port=port)
+    with Shutdown().installed() as shutdown, World(settings, folder, console) as world:
         with console.status("a member"):
             world.start("a")
-        world.start_load()
+        world.start_load(drifting(_DRIFT_AFTER))
         prometheus = world.start_prometheus()
         for what, url in {
             "metrics": f"{world.url_of('a')}/metrics",
@@ -54,6 +71,7 @@ def main() -> int:
     options = parser.parse_args()
     folder = options.keep or Path(tempfile.mkdtemp(prefix="stream-adapt-observe-"))
     folder.mkdir(parents=True, exist_ok=True)
+    logs.configure(LogSection())  # stdout is for the one JSON object
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     kept = options.keep is not None
     try:

@@ -11,14 +11,16 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 from urllib.parse import urlencode
 
+import psutil
 import yaml
+from flow import Flow, Record, calm
 from rich.console import Console
 
 from stream_adapt import config, service
@@ -35,6 +37,8 @@ RULES = Path(__file__).parents[1] / "prometheus" / "rules.yaml"
 #: A member compiles its rule, and restores; everything else answers sooner.
 START_TIMEOUT_S = 180.0
 _EXIT_TIMEOUT_S = 60.0
+#: Training, comparing and watching, of which each has settings of seconds.
+_REFRESH_TIMEOUT_S = 400.0
 
 
 class ObserveError(StreamAdaptError):
@@ -50,8 +54,14 @@ class Settings:
     scrape_s: float = 5.0
     broker: Mapping[str, str] = field(default_factory=dict)
     member: Mapping[str, Any] = field(default_factory=dict)
+    leader: Mapping[str, Any] = field(default_factory=dict)  # on top of that for a, which refreshes the model
     rules: str | None = None  # the shipped ones if not given
     prometheus_port: int | None = None
+
+
+#: The member that there is all the time.
+LEADER = "a"
+CONTROLLER, TRAINING = "stream_adapt.refresh.supervise", "stream_adapt.refresh.training"
 
 
 class World:
@@ -66,11 +76,13 @@ class World:
         self._stack = ExitStack()
         self._configs: dict[str, Path] = {}
         self._ports: dict[str, int] = {}
-        self._load: subprocess.Popen[bytes] | None = None
+        self._load: Flow | None = None
 
     def __enter__(self) -> Self:
         with self._console.status("a model, from the synthetic stream"):
-            self.model, _ = prepare.pretrained(prepare.open_data("synthetic", None), self._console, retrain=False)
+            cached, _ = prepare.pretrained(prepare.open_data("synthetic", None), self._console, retrain=False)
+        # A registry of our own: refreshes write into it.
+        self.model = Path(shutil.copytree(cached, self.folder / "models" / cached.name))
         with self._console.status("Apache Kafka"):
             self._stack.enter_context(self.kafka)
         self._stack.callback(self.stop)
@@ -112,11 +124,20 @@ class World:
                 "metrics": {"host": HOST, "port": self._ports[name]},
                 "state": {"dir": str(self.folder / f"state-{name}")},
             }
-            for section, values in self.settings.member.items():
-                sections[section] = {**sections.get(section, {}), **values}
             self._configs[name] = self.folder / f"{name}.yaml"
             self._configs[name].write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
+            self.configure(name, self.settings.member)
+            if name == LEADER:
+                self.configure(name, self.settings.leader)
         return self._configs[name]
+
+    def configure(self, name: str, more: Mapping[str, Any]) -> None:
+        """Changes keys, by section, in a member's file; it reads them when it is started."""
+        path = self.config_of(name)
+        sections = yaml.safe_load(path.read_text(encoding="utf-8"))
+        for section, values in more.items():
+            sections[section] = {**sections.get(section, {}), **values}
+        path.write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
 
     def start(self, name: str, *, wait: bool = True, instance: str | None = None, model: Path | None = None) -> None:
         """A member; returns when it is ready, unless told not to wait."""
@@ -152,20 +173,38 @@ class World:
             if process.poll() is not None:
                 self.start(name, wait=False)
 
+    def refresh_processes(self, module: str) -> list[psutil.Process]:
+        """Below the member that refreshes: its controller, or a training."""
+        try:
+            below = psutil.Process(self.members[LEADER].pid).children(recursive=True)
+            return [process for process in below if module in process.cmdline()]
+        except psutil.NoSuchProcess:
+            return []
+
+    def refresh_now(self) -> None:
+        """Asks for a refresh and waits for its end."""
+        command = [sys.executable, "-m", "stream_adapt", "refresh", "-c", str(self.config_of(LEADER)), "--json"]
+        with (self.folder / "refresh.log").open("ab") as log:
+            done = subprocess.run(command, stdout=log, stderr=log, timeout=_REFRESH_TIMEOUT_S, check=False)
+        if done.returncode != 0:
+            raise ObserveError(f"no refresh, exit code {done.returncode}: see {self.folder / 'refresh.log'}")
+
     # Load
 
-    def start_load(self) -> None:
-        """Events that the model was not pretrained on, until `stop_load`."""
-        options = ["--per-second", str(self.settings.per_second), "--skip", "0.5"]
-        self._load = self._spawn(
-            ["load", "synthetic", "-c", str(self.config_of("a")), *options], self.folder / "load.log"
-        )
+    def start_load(self, records: Iterator[Record] | None = None) -> None:
+        """Events until `stop_load`; if not given, those of the world that the model knows."""
+        self._load = self.flow(records if records is not None else calm(), self.settings.per_second)
+        self._load.__enter__()
 
     def stop_load(self) -> None:
         """No more events."""
         if self._load is not None:
-            _end(self._load)
+            self._load.__exit__()
             self._load = None
+
+    def flow(self, records: Iterator[Record], per_second: float) -> Flow:
+        """Records into the input."""
+        return Flow(self.kafka.bootstrap_servers, f"{APP}.events", records, per_second)
 
     # Prometheus
 

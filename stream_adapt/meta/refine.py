@@ -5,15 +5,25 @@ meaning what they meant. Known items start at their vectors, and decay pulls the
 their content says, and are added to the table. What a user's implicit state is summed from, f of known items, stays;
 so do the rates of the rule and the readout, which the champion's pretraining fitted to service: under them rows go on.
 
-Where the world moved within the window, events before are of another world. So there are two candidates, trained on
-the whole window and on what came since, and the newest slice, which neither has seen, says which is better, and
-whether it is better than the champion at all. The better one is then trained anew, with that slice.
+Where the world moved within the window, events before are of another world. So there are three candidates:
+
+| name | trained on | items start | rows of items |
+|---|---|---|---|
+| `all` | the whole window | where the champion has them | are carried |
+| `newer` | what came since the world moved | where the champion has them | start anew |
+| `anew` | the same | from nothing, as in pretraining | start anew |
+
+The newest slice, which none of them has seen, says which is best, and whether it is better than the champion at all.
+The best one is then trained again, with that slice. Items of the last two count as known from the events since alone,
+so that service goes on learning them quickly. What users are like is the champion's to begin with in all three.
 """
 
 from __future__ import annotations
 
 import time
-from typing import Any
+from dataclasses import replace
+from functools import partial
+from typing import Any, NamedTuple
 
 import msgspec
 import numpy as np
@@ -26,12 +36,17 @@ from stream_adapt.meta import sequences, trainer
 from stream_adapt.meta.pace import Clock, held_out
 from stream_adapt.meta.sequences import Log, Vocabulary
 from stream_adapt.meta.trainer import Parameters, Progress, Steps, Trained, TrainSettings
-from stream_adapt.models import Model, SlowWeights
+from stream_adapt.models import Model, RowMode, SlowWeights
+
+Bools = npt.NDArray[np.bool_]
 
 #: How a challenger is trained, but for time and seed. Without co-occurrence: its features would be of other axes.
 SETTINGS = TrainSettings(epochs=5, rate=0.02, cooccurrence=0)
 #: With fewer events before the newest slice a candidate is not worth its training.
 FEWEST_EVENTS = 500
+#: The newest slice has at least so many events where the world moved, if that leaves three quarters to learn from: of
+#: fewer nobody can say which model is better.
+FEWEST_JUDGED = 1_000
 #: Parameters that stay as the champion has them.
 KEPT = ("log_prior_variance", "level_scores", "log_noise", "log_leak", "log_readout", "readout_bias")
 
@@ -44,10 +59,24 @@ class NoBetter(DataError):
         self.figures = figures
 
 
+class Refreshed(Trained, frozen=True):
+    """A challenger, and what becomes of rows when it takes the champion's place."""
+
+    rows: RowMode = "carry"
+
+
+class Candidate(NamedTuple):
+    """What a challenger may be trained on, and how."""
+
+    chosen: Bools  # [n] events before the newest slice
+    rows: RowMode
+    anew: bool = False  # items start from nothing
+
+
 class Refined(Parameters):
     """θ of a champion, and what is learned on top of it. The vocabulary holds all items that the champion knows."""
 
-    def __init__(self, vocabulary: Vocabulary, *given: Any, champion: SlowWeights) -> None:
+    def __init__(self, vocabulary: Vocabulary, *given: Any, champion: SlowWeights, anew: bool) -> None:
         super().__init__(vocabulary, *given)
         at = vocabulary.index(champion.item_hash)  # [n]
         items = torch.zeros(len(vocabulary.item_hash) + 1, self.id_vector.shape[1] + 1)  # [I+1, D+1]
@@ -61,9 +90,16 @@ class Refined(Parameters):
         self.register_buffer("known", items)
         self.register_buffer("known_implicit", implicit)
         self.register_buffer("new", new)
-        for name, value in _started(champion).items():
+        started = _started(champion)
+        if anew:
+            items.zero_()
+            del started["feature_vector"]
+        for name, value in started.items():
             getattr(self, name).data.copy_(value)
-        for name in ("id_vector", "id_bias", "implicit_id"):
+        # Anew, small random vectors of the items that are met, as in pretraining: at 0 a covariance tells no way.
+        met = torch.from_numpy(vocabulary.item_events > 0) if anew else torch.zeros(len(vocabulary.item_hash))
+        self.id_vector.data.mul_(met[:, None])
+        for name in ("id_bias", "implicit_id"):
             getattr(self, name).data.zero_()
         for name in KEPT:
             getattr(self, name).requires_grad_(False)
@@ -109,10 +145,10 @@ def refine(
     settings: TrainSettings = SETTINGS,
     device: str = "auto",
     *,
-    newer: npt.NDArray[np.bool_] | None = None,
+    newer: Bools | None = None,
     progress: Progress | None = None,
     clock: Clock = time.monotonic,
-) -> Trained:
+) -> Refreshed:
     """Trains a challenger.
 
     Args:
@@ -128,12 +164,19 @@ def refine(
         DataError: there is too little to learn from. NoBetter: nothing was learned that helps.
         ConfigError: the device is absent. ModelError: training diverged.
     """
-    return _Refinement(log, champion, settings, device, progress, clock).run(newer)
+    return _Refinement(log, champion, settings, device, newer, progress, clock).run()
 
 
 class _Refinement:
     def __init__(
-        self, log: Log, champion: Model, settings: TrainSettings, device: str, progress: Progress | None, clock: Clock
+        self,
+        log: Log,
+        champion: Model,
+        settings: TrainSettings,
+        device: str,
+        newer: Bools | None,
+        progress: Progress | None,
+        clock: Clock,
     ) -> None:
         trainer.check_log(log, champion.spec)
         self._log, self._champion, self._settings, self._clock = log, champion, settings, clock
@@ -141,53 +184,57 @@ class _Refinement:
         self._progress = progress
         self._vocabulary = vocabulary(log, champion, settings.max_items)
         self._columns = sequences.encode(log, self._vocabulary).to(self._where)
-        self._held = held_out(log, "later", settings.validation_share, settings.seed)  # [n]
+        self._newer, self._held = newer, newest(log, newer, settings)  # [n] each
 
-    def run(self, newer: npt.NDArray[np.bool_] | None) -> Trained:
-        candidates = self._candidates(newer)
+    def run(self) -> Refreshed:
+        candidates = self._candidates()
         steps = Steps(self._progress, trainings=len(candidates) + 1)
         share = msgspec.structs.replace(self._settings, seconds=self._settings.seconds / steps.left)
         figures = {f"slice_{name}_champion": value for name, value in self._figures(self._untrained()).items()}
         losses = {}
-        for name, chosen in candidates.items():
-            judged = self._figures(self._trained(chosen, share, steps))
+        for name, candidate in candidates.items():
+            judged = self._figures(self._trained(candidate, share, steps)[0])
             losses[name] = judged["log_loss"]
             figures |= {f"slice_{key}_{name}": value for key, value in judged.items() if key != "events"}
         best = min(losses, key=losses.__getitem__)
         if not losses[best] < figures["slice_log_loss_champion"]:
             raise NoBetter(
-                f"on the newest {figures['slice_events_champion']:.0f} events the best candidate, trained on {best} "
-                f"of the window, has a log-loss of {losses[best]:.4f}, and the champion "
-                f"{figures['slice_log_loss_champion']:.4f}: nothing was learned that helps",
+                f"on the newest {figures['slice_events_champion']:.0f} events the best candidate, {best}, has a "
+                f"log-loss of {losses[best]:.4f}, and the champion {figures['slice_log_loss_champion']:.4f}: nothing "
+                "was learned that helps",
                 figures,
             )
-        final = self._trained(candidates[best] | self._held, share, steps)
-        about = {"events": int((candidates[best] | self._held).sum()), "trained_on": best}
-        return Trained(self._folded(final), self._vocabulary.fitted, figures, about)
+        chosen = candidates[best].chosen | self._held
+        final, known = self._trained(candidates[best]._replace(chosen=chosen), share, steps)
+        about = {"events": int(chosen.sum()), "trained_on": best}
+        return Refreshed(self._folded(final, known), known.fitted, figures, about, candidates[best].rows)
 
-    def _candidates(self, newer: npt.NDArray[np.bool_] | None) -> dict[str, npt.NDArray[np.bool_]]:
-        """Which events `[n]` each candidate is trained on before the newest slice."""
-        before = ~self._held
-        candidates = {"all": before}
-        if newer is not None and FEWEST_EVENTS <= (before & newer).sum() < before.sum():
-            candidates["newer"] = before & newer
-        return candidates
+    def _candidates(self) -> dict[str, Candidate]:
+        """By name; see the module."""
+        before, newer = ~self._held, self._newer
+        found = {"all": Candidate(before, "carry")}
+        if newer is not None and (before & newer).sum() >= FEWEST_EVENTS:
+            found["newer"] = Candidate(before & newer, "restart_items")
+            found["anew"] = Candidate(before & newer, "restart_items", anew=True)
+        return found
 
-    def _trained(self, chosen: npt.NDArray[np.bool_], settings: TrainSettings, steps: Steps) -> Parameters:
-        parameters, _ = trainer.train(
-            self._log.where(chosen),
+    def _trained(self, candidate: Candidate, settings: TrainSettings, steps: Steps) -> tuple[Parameters, Vocabulary]:
+        log, known = self._log.where(candidate.chosen), self._vocabulary
+        if candidate.rows == "restart_items":
+            known = replace(known, item_events=counted(log, known.item_hash))
+        return trainer.train(
+            log,
             self._champion.spec,
             settings,
             self._where,
             steps,
             clock=self._clock,
-            kind=self._make,
-            vocabulary=self._vocabulary,
+            kind=partial(self._make, anew=candidate.anew),
+            vocabulary=known,
         )
-        return parameters
 
-    def _make(self, *given: Any) -> Refined:
-        return Refined(*given, champion=self._champion.weights)
+    def _make(self, *given: Any, anew: bool = False) -> Refined:
+        return Refined(*given, champion=self._champion.weights, anew=anew)
 
     def _untrained(self) -> Parameters:
         generator = torch.Generator().manual_seed(self._settings.seed)
@@ -199,11 +246,27 @@ class _Refinement:
     def _figures(self, parameters: Parameters) -> dict[str, float]:
         return trainer.figures_of(parameters, self._columns, self._held, self._settings)
 
-    def _folded(self, parameters: Parameters) -> SlowWeights:
+    def _folded(self, parameters: Parameters, known: Vocabulary) -> SlowWeights:
         """θ as service reads it. What stays is the champion's to the bit: exp(log x) is not always x."""
-        old, weights = self._champion.weights, trainer.fold(parameters, self._vocabulary, self._settings)
+        old, weights = self._champion.weights, trainer.fold(parameters, known, self._settings)
         kept = ("prior_variance", "level_scores", "noise", "leak", "readout", "item_variance")
         return msgspec.structs.replace(weights, **{name: getattr(old, name) for name in kept})
+
+
+def newest(log: Log, newer: Bools | None, settings: TrainSettings) -> Bools:
+    """Which events `[n]` candidates are judged by: the last ones, of the world as it is now."""
+    if newer is None or not newer.any():
+        return held_out(log, "later", settings.validation_share, settings.seed)
+    count = int(newer.sum())
+    judged = max(round(settings.validation_share * count), min(FEWEST_JUDGED, count // 4))
+    return newer & (np.cumsum(newer) > count - judged)
+
+
+def counted(log: Log, items: npt.NDArray[np.uint64]) -> npt.NDArray[np.float32]:
+    """Events `[I]` of a log with each of the items, which ascend."""
+    at = np.searchsorted(items, log.items)
+    at = at[np.append(items, np.uint64(0))[at] == log.items]
+    return np.bincount(at, minlength=len(items))[: len(items)].astype(np.float32)
 
 
 def vocabulary(log: Log, champion: Model, max_items: int) -> Vocabulary:

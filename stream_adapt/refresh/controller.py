@@ -24,7 +24,8 @@ from stream_adapt.learning import Summary, decode
 from stream_adapt.models import Registry
 from stream_adapt.refresh import status
 from stream_adapt.refresh.journal import Deposed
-from stream_adapt.refresh.leader import Leader, Training
+from stream_adapt.refresh.leader import Leader
+from stream_adapt.refresh.parts import Training
 from stream_adapt.refresh.record import RefreshState
 from stream_adapt.refresh.training import Job
 from stream_adapt.refresh.worker import Worker

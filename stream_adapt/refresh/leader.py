@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import msgspec
 import structlog
@@ -21,9 +20,10 @@ from stream_adapt.refresh import status
 from stream_adapt.refresh.decide import Comparison
 from stream_adapt.refresh.journal import Journal
 from stream_adapt.refresh.pair import LivePair
+from stream_adapt.refresh.parts import Pair, Parts, Training
 from stream_adapt.refresh.record import Decision, Outcomes, RefreshState, Trigger
 from stream_adapt.refresh.states import RESTING, TABLE, Action, Event, State, Transition, follow
-from stream_adapt.refresh.training import Job, Outcome, Progress
+from stream_adapt.refresh.training import Job
 from stream_adapt.state.row import RowError
 
 log = structlog.get_logger(__name__)
@@ -39,14 +39,6 @@ _WATCH_LOOKS = 4
 _EVENTS_OF_FORMER = 1_000
 _STATUS_S = 2.0
 _DECIDED_BY = "refresh"
-
-
-class Training(Protocol):
-    """A training that was started."""
-
-    def poll(self) -> Outcome | None: ...
-    def progress(self) -> Progress | None: ...
-    def close(self) -> None: ...
 
 
 @dataclass
@@ -73,21 +65,31 @@ class Leader:
         registry: Registry,
         train: Callable[[Config, Job], Training],
         clock: Callable[[], float],
+        parts: Parts | None = None,
     ) -> None:
         """Opens the journal, and enters the state again in which the one before left it.
+
+        Args:
+            config: what is decided, when and how.
+            registry: of the models.
+            train: starts a training.
+            clock: the time, in s.
+            parts: what it works with, if that is not Kafka.
 
         Raises:
             Deposed, KafkaRefused, StateMismatch: it cannot lead.
         """
         self._config, self._settings, self._registry = config, config.refresh, registry
         self._start_training, self._clock = train, clock
-        self._journal = Journal(config)
-        self._announcements = Announcements(config)
+        parts = parts or Parts(Journal, Announcements, LivePair)
+        self._journal, self._announcements = parts.journal(config), parts.announcements(config)
+        self._side_by_side = parts.pair
         self._training: Training | None = None
-        self._pair: LivePair | None = None
+        self._pair: Pair | None = None
         self._counts = _Counts()
         self._looks = 0
         self._offset = 0
+        self._ends: dict[int, int] = {}  # by partition: offset behind the last event that summaries told of
         self._monitor = DriftMonitor(config.drift)
         self._alarms_ms: dict[str, int] = {}
         self._status_s = 0.0
@@ -162,11 +164,27 @@ class Leader:
         every_s, resting = self._settings.every_s, self.state.state in RESTING
         if resting and every_s is not None and self._now() >= max(self.state.ended_ms, self._first_ms) + every_s * 1000:
             self._happened(Event.SCHEDULE, f"{every_s:g} s passed", trigger=Trigger("schedule", self._now()))
+        elif resting and self._has_grown():
+            detail = f"{self._since_moved(self._ends)} events of the new world"
+            self._happened(Event.GROWN, detail, trigger=Trigger("grown", self._now(), detail))
 
     @property
     def _first_ms(self) -> int:
         """When the first state began: the schedule of a loop that never refreshed counts from there."""
         return self.state.since_ms if not self.state.ended_ms else 0
+
+    def _has_grown(self) -> bool:
+        """Whether there is much more of the new world by now than the last training had."""
+        learned, again = self._since_moved(self.state.learned), self._settings.again
+        return (
+            again > 1
+            and 0 < learned < self._settings.window_events
+            and self._since_moved(self._ends) >= again * learned
+        )
+
+    def _since_moved(self, ends: Mapping[int, int]) -> int:
+        """Events from where the world moved up to these offsets by partition."""
+        return sum(max(ends.get(p, 0) - start, 0) for p, start in self.state.moved.items())
 
     def _replaced(self, newest: Announcement) -> None:
         """Another version was announced, not by us. Whoever goes back to an ancestor knows why."""
@@ -208,7 +226,7 @@ class Leader:
         pending = self.state.pending
         if pending is not None:
             self.state = self.state.changed(pending=None)
-            event = {"alarm": Event.ALARM, "schedule": Event.SCHEDULE, "asked": Event.ASKED}[pending.kind]
+            event = Event(pending.kind)
             self._happened(event, pending.detail, trigger=pending)
         return None
 
@@ -230,6 +248,8 @@ class Leader:
             return None
         figures = {**self.state.figures, **outcome.figures}
         self.state = self.state.changed(figures=figures)
+        if outcome.no_better:
+            return Event.NOT_BETTER, outcome.reason
         if outcome.challenger is None:
             return Event.FAILED, outcome.reason or "the training made no challenger and does not say why"
         self.state = self.state.changed(challenger=outcome.challenger, trained_until=outcome.trained_until)
@@ -322,29 +342,39 @@ class Leader:
         match action:
             case Action.BEGIN:
                 changed = changed.changed(trigger=trigger, figures={}, challenger=None, trained_until={})
+                if trigger is not None and trigger.kind == "alarm":
+                    changed = changed.changed(moved=trigger.since, learned={})
             case Action.REMEMBER:
                 changed = changed.changed(pending=before.pending or trigger)
             case Action.ANNOUNCE:
                 assert before.challenger is not None
                 announcement = self._announcement(before.challenger, before.champion, reason)
-                changed = changed.changed(champion=before.challenger, former=before.champion)
+                # An alarm that came meanwhile was about the former champion; what holds on is seen anew.
+                pending = None if before.pending and before.pending.kind == "alarm" else before.pending
+                changed = changed.changed(champion=before.challenger, former=before.champion, pending=pending)
             case Action.RETURN:
                 assert before.former is not None
                 announcement = self._announcement(before.former, before.champion, reason)
                 changed = self._closed(changed, "rolled_back", reason).changed(champion=before.former)
             case Action.CLOSE:
                 outcome: Outcomes = "promoted" if before.state is State.WATCHING else "rejected"
-                changed = self._closed(changed, outcome, reason)
+                changed = self._closed(changed, outcome, reason, failed=outcome == "rejected" and event is Event.FAILED)
             case Action.YIELD:
                 changed = changed.changed(
-                    champion=champion, former=former, challenger=None, trigger=None, trained_until={}, figures={}
+                    champion=champion,
+                    former=former,
+                    challenger=None,
+                    trigger=None,
+                    trained_until={},
+                    figures={},
+                    moved={},
                 )
         moved = state is not before.state or action is Action.YIELD
         if moved:
             changed = changed.changed(since_ms=now, attempts=0)
         if state is State.TRAINING and moved:
             recent = tuple(at for at in before.started_ms if at > now - _DAY_MS)
-            changed = changed.changed(started_ms=(*recent, now))
+            changed = changed.changed(started_ms=(*recent, now), learned={**before.learned, **self._ends})
         self._journal.write(changed, announcement, alarms or ())
         self.state = changed
         if announcement is not None:
@@ -357,12 +387,12 @@ class Leader:
                 self._monitor.restart("another model is served")
             self._enter()
 
-    def _closed(self, state: RefreshState, outcome: Outcomes, reason: str) -> RefreshState:
+    def _closed(self, state: RefreshState, outcome: Outcomes, reason: str, *, failed: bool = False) -> RefreshState:
         """A refresh has ended: with a version that was in service, or with a challenger that never was."""
         served = self.state.former is not None
         champion = self.state.former if served else self.state.champion
         challenger = self.state.champion if served else self.state.challenger
-        last = Decision(outcome, self._now(), reason, state.trigger, champion or "", challenger, state.figures)
+        last = Decision(outcome, self._now(), reason, state.trigger, champion or "", challenger, state.figures, failed)
         return state.changed(last=last, ended_ms=self._now(), trigger=None, challenger=None, former=None)
 
     def _announcement(self, version: str, previous: str, reason: str) -> Announcement:
@@ -407,13 +437,15 @@ class Leader:
     def _begin(self) -> None:
         state = self.state
         if state.state is State.TRAINING:
-            newer = state.trigger.since if state.trigger else {}
+            # A window that is all of the new world is one world again.
+            filled = self._since_moved(state.learned) >= self._settings.window_events
+            newer = {} if filled else state.moved
             job = Job(self._config.model_dump(mode="json"), state.champion, self._now(), newer)
             self._training = self._start_training(self._config, job)
         elif state.state is State.SHADOW:
             champion, challenger = self._sound(state.challenger or "")
             rows = challenger.manifest.rows or "carry"
-            self._pair = LivePair(self._config, champion, challenger, rows, state.trained_until)
+            self._pair = self._side_by_side(self._config, champion, challenger, rows, state.trained_until)
         elif state.state is State.WATCHING:
             self._begin_watch()
 
@@ -429,9 +461,9 @@ class Leader:
         self._leave()
         before, now = self._read(former), self._read(champion)
         check_successor(before, now)
-        self._pair = LivePair(self._config, before, now, "carry", {})
+        self._pair = self._side_by_side(self._config, before, now, "carry", {})
 
-    def _leave(self, keep: LivePair | None = None) -> None:
+    def _leave(self, keep: Pair | None = None) -> None:
         """Ends what is done in a state."""
         if self._training is not None:
             self._training.close()
@@ -453,6 +485,7 @@ class Leader:
     def _count(self, summaries: list[Summary]) -> None:
         for summary in summaries:
             self._counts.add(summary)
+            self._ends[summary.partition] = summary.last_offset + 1
 
     def _note(self, when: str, found: Comparison) -> None:
         figures = {f"{when}_{name}": value for name, value in found.figures().items()}

@@ -22,7 +22,7 @@ STATE_KEY, REQUEST_KEY = b"state", b"request"
 class Trigger(msgspec.Struct, frozen=True, omit_defaults=True):
     """Why a refresh began."""
 
-    kind: Literal["alarm", "schedule", "asked"]
+    kind: Literal["alarm", "schedule", "grown", "asked"]
     at_ms: int
     detail: str = ""  # in words
     since: dict[int, int] = {}  # of an alarm, by partition: offset from which on the world is another one
@@ -41,6 +41,7 @@ class Decision(msgspec.Struct, frozen=True, omit_defaults=True):
     champion: str = ""
     challenger: str | None = None
     figures: dict[str, float] = {}
+    failed: bool = False  # rejected because something did not work, and not because it was no better
 
 
 class RefreshState(msgspec.Struct, frozen=True, kw_only=True):
@@ -58,6 +59,8 @@ class RefreshState(msgspec.Struct, frozen=True, kw_only=True):
     started_ms: tuple[int, ...] = ()  # trainings of the last day
     ended_ms: int = 0  # of the last refresh
     trained_until: dict[int, int] = {}  # by partition: offset behind the last event that the challenger was trained on
+    moved: dict[int, int] = {}  # by partition: offset from which on the world is another one, by the last alarm
+    learned: dict[int, int] = {}  # by partition: offset at which the last training since then began
     figures: dict[str, float] = {}  # of this refresh, so far
     last: Decision | None = None
     request: str = ""  # id of the last request that was taken up

@@ -1,6 +1,6 @@
 """The state machine of a refresh, as a table.
 
-    stable ──alarm, schedule, asked──▶ cooling ──▶ training ──▶ shadow ──▶ promoted ──▶ watching ──▶ stable
+    stable ──alarm, schedule, …──▶ cooling ──▶ training ──▶ shadow ──▶ promoted ──▶ watching ──▶ stable
                                                      │            │           │            │
                                                      └─▶ rejected ◀┘           └─▶ rolled back ◀┘
 
@@ -33,6 +33,7 @@ class Event(StrEnum):
 
     ALARM = "alarm"  # a drift detector fired
     SCHEDULE = "schedule"  # `refresh.every_s` have passed
+    GROWN = "grown"  # since the last training after drift the new world has `refresh.again` times the events
     ASKED = "asked"  # `stream-adapt refresh`
     COOLED = "cooled"  # nothing forbids a training any more, and there is something to learn
     TRAINED = "trained"  # a sound challenger lies in the registry
@@ -69,7 +70,7 @@ class Transition(NamedTuple):
 #: States in which no refresh is under way.
 RESTING = frozenset({State.STABLE, State.REJECTED, State.ROLLED_BACK})
 
-_TRIGGERS = (Event.ALARM, Event.SCHEDULE, Event.ASKED)
+_TRIGGERS = (Event.ALARM, Event.SCHEDULE, Event.GROWN, Event.ASKED)
 _BY_OTHERS = {
     Event.REPLACED: Transition(State.WATCHING, Action.YIELD),
     Event.REVERTED: Transition(State.STABLE, Action.YIELD),
@@ -88,7 +89,10 @@ _BACK = Transition(State.ROLLED_BACK, Action.RETURN)
 TABLE: dict[State, dict[Event, Transition]] = {
     **dict.fromkeys(RESTING, _RESTING),
     State.COOLING: _busy(State.COOLING, {Event.COOLED: Transition(State.TRAINING)}),
-    State.TRAINING: _busy(State.TRAINING, {Event.TRAINED: Transition(State.SHADOW), Event.FAILED: _REJECTED}),
+    State.TRAINING: _busy(
+        State.TRAINING,
+        {Event.TRAINED: Transition(State.SHADOW), Event.NOT_BETTER: _REJECTED, Event.FAILED: _REJECTED},
+    ),
     State.SHADOW: _busy(
         State.SHADOW,
         {

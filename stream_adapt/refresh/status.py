@@ -78,7 +78,8 @@ def samples(status: Status | None, now_s: float) -> Samples:
     told["stream_adapt_refresh_leader"] = {(): 1.0}
     told["stream_adapt_refresh_state_timestamp_seconds"] = {(status.state,): status.since_ms / 1000}
     if status.last is not None:
-        told["stream_adapt_refresh_decision_timestamp_seconds"] = {(status.last.outcome,): status.last.at_ms / 1000}
+        outcome = "failed" if status.last.failed else status.last.outcome
+        told["stream_adapt_refresh_decision_timestamp_seconds"] = {(outcome,): status.last.at_ms / 1000}
     told["stream_adapt_drift_alarm_timestamp_seconds"] = _seconds(status.alarms_ms)
     for one in status.drift:
         labels = (one.signal, one.domain or "")

@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,7 @@ class Outcome(msgspec.Struct, frozen=True, omit_defaults=True):
     reason: str = ""
     figures: dict[str, float] = {}
     trained_until: dict[int, int] = {}
+    no_better: bool = False  # it did what it should, and found nothing that helps
 
 
 class Progress(msgspec.Struct, frozen=True):
@@ -58,25 +60,52 @@ class Progress(msgspec.Struct, frozen=True):
     loss: float | None = None
 
 
-def train(job: Job, report: Any = lambda _progress: None) -> Outcome:
+Report = Callable[[Progress], None]
+
+
+def train(job: Job, report: Report = lambda _progress: None) -> Outcome:
     """Reads the window, trains, and writes a challenger into the registry.
 
     Raises:
         StreamAdaptError: the input or the registry cannot be read or written, or training diverged.
     """
+    config = Config.model_validate(job.config)
+    champion = Registry(config.model.path).read(job.champion)
+    report(Progress("reading"))
+    window = _window(config, service.as_configured(config, champion), job)
+    return challenge(config, champion, window, moved=bool(job.newer), report=report)
+
+
+def challenge(
+    config: Config,
+    champion: Model,
+    window: Window,
+    *,
+    moved: bool,
+    report: Report = lambda _progress: None,
+    clock: Callable[[], float] = time.monotonic,
+) -> Outcome:
+    """Trains on a window, and writes a challenger into the registry.
+
+    Args:
+        config: `refresh` says how, `model` where.
+        champion: as it is in the registry.
+        window: what is learned from.
+        moved: whether the world is known to have moved within the window.
+        report: told how far it is.
+        clock: that `refresh.training_s` is measured by.
+
+    Raises:
+        StreamAdaptError: the registry cannot be written, or training diverged.
+    """
     import torch
 
     from stream_adapt.meta import refine
 
-    config = Config.model_validate(job.config)
     settings = config.refresh
     torch.set_num_threads(settings.threads)
-    registry = Registry(config.model.path)
-    champion = registry.read(job.champion)
     served = service.as_configured(config, champion)
-    report(Progress("reading"))
-    window = _window(config, served, job)
-    log.info("training", events=len(window.log), champion=job.champion, newer=int(window.newer.sum()))
+    log.info("training", events=len(window.log), champion=champion.version, newer=int(window.newer.sum()))
     reported = 0.0
 
     def told(_epoch: int, done: int, steps: int, loss: float) -> None:
@@ -86,22 +115,21 @@ def train(job: Job, report: Any = lambda _progress: None) -> Outcome:
             report(Progress("training", done, steps, loss))
 
     how = msgspec.structs.replace(refine.SETTINGS, seconds=settings.training_s, seed=settings.seed)
+    newer = window.newer if moved else None
     try:
-        trained = refine.refine(
-            window.log, served, how, settings.device, newer=window.newer if job.newer else None, progress=told
-        )
+        trained = refine.refine(window.log, served, how, settings.device, newer=newer, progress=told, clock=clock)
     except refine.NoBetter as found:
-        return Outcome(reason=str(found), figures=_finite(found.figures))
+        return Outcome(reason=str(found), figures=_finite(found.figures), no_better=True)
     folder = write_model(
-        registry.path,
+        Registry(config.model.path).path,
         trained.weights,
         champion.spec,
         trained.fitted,
         trained_on={"source": window.about.source, **trained.about},
         figures=_finite(trained.figures),
-        parent=job.champion,
+        parent=champion.version,
         window=window.about,
-        rows="carry",
+        rows=trained.rows,
     )
     return Outcome(folder.name, figures=_finite(trained.figures), trained_until=window.ends)
 

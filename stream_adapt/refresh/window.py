@@ -60,10 +60,32 @@ def read_window(
     partitions = reader.partitions()
     ranges = ranges_of(reader.since(partitions, since_ms), reader.ends(partitions), most)
     batches, times = _decoded(reader.records(ranges), decoder)
+    return window_of(batches, times, ranges, reader.topic, newer)
+
+
+def window_of(
+    batches: list[Batch],
+    times: npt.NDArray[np.int64],
+    ranges: Mapping[int, tuple[int, int]],
+    topic: str,
+    newer: Mapping[int, int] | None = None,
+) -> Window:
+    """What valid events make a window.
+
+    Args:
+        batches: n events.
+        times: of their records `[n]`, in ms.
+        ranges: by partition, where they were read: first offset, and last offset + 1.
+        topic: that they were read from.
+        newer: see `read_window`.
+
+    Raises:
+        DataError: none of them has feedback.
+    """
     kept = _not_erased(batches)
     taught = np.concatenate([b.levels != NO_LEVEL for b in batches] or [np.zeros(0, np.bool_)])  # [n]
     if not (taught & kept).any():
-        raise DataError(f"{reader.topic}: no event with feedback among the newest {len(taught)}; nothing to train on")
+        raise DataError(f"{topic}: no event with feedback among the newest {len(taught)}; nothing to train on")
     partition = np.concatenate([b.partitions for b in batches])  # [n]
     offset = np.concatenate([b.offsets for b in batches])  # [n]
     order = _by_time(partition[taught], times[taught])
@@ -74,7 +96,7 @@ def read_window(
     ), np.bool_, len(order))  # fmt: skip
     log = _ordered(sequences.read_batches(batches), order)
     first, last = int(log.times_ms.min()), int(log.times_ms.max())
-    return Window(log, moved, DataWindow(reader.topic, len(log), first, last, ranges))
+    return Window(log, moved, DataWindow(topic, len(log), first, last, dict(ranges)))
 
 
 def ranges_of(starts: Mapping[int, int], ends: Mapping[int, tuple[int, int]], most: int) -> dict[int, tuple[int, int]]:

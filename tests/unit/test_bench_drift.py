@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import io
+from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 
 import pytest
 from rich.console import Console
 
-from stream_adapt import bench_drift
-from stream_adapt.bench_drift import DriftBench, Run, judge, run_drift
+from stream_adapt import bench_drift, bench_streams
+from stream_adapt.bench_drift import DriftBench, judge, run_drift, show
+from stream_adapt.bench_recovery import RefreshRun
+from stream_adapt.bench_streams import Member, Run, kept_in
 from stream_adapt.config import DriftSettings
 from stream_adapt.datasets.drifts import KINDS
 from stream_adapt.datasets.synthetic import Synthetic, source
 from stream_adapt.errors import ConfigError
 from stream_adapt.learning import Summary
-from stream_adapt.models import MODEL_FORMAT, LearnerSpec, read_model
+from stream_adapt.models import LearnerSpec, read_model
 from stream_adapt.testing.model import random_model
 
 SETTINGS = DriftSettings(group_events=256, reference_events=16 * 256)
@@ -53,12 +57,12 @@ def test_alarms_after_a_drift_are_detections_and_those_without_are_false() -> No
 
 
 def test_every_detector_is_judged_on_the_same_streams(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bench_drift, "_SYNTHETIC_EVENTS", 20_000)
+    monkeypatch.setattr(bench_streams, "_SYNTHETIC_EVENTS", 20_000)
     parameters = Synthetic(events=20_000, drift="none")
-    folder = tmp_path / f"{bench_drift.__version__}-{MODEL_FORMAT}" / "synthetic" / "seed-0"
+    folder = kept_in(tmp_path) / "synthetic" / "seed-0"
     spec = LearnerSpec(parameters.features, source(parameters).feedback)
     random_model(folder, spec, [event.item_id for event in islice(source(parameters).events(), 1000)])
-    options = DriftBench(sets="synthetic", seeds=1, detectors="PageHinkley,ADWIN", folder=tmp_path)
+    options = DriftBench(sets="synthetic", seeds=1, detectors="PageHinkley,ADWIN", folder=tmp_path, recovery=False)
     settings = SETTINGS.model_copy(update={"reference_events": 8 * 256})
     first = run_drift(options, Console(quiet=True), settings)
     assert ["PageHinkley", "ADWIN"] == list(first.detectors)
@@ -66,7 +70,22 @@ def test_every_detector_is_judged_on_the_same_streams(tmp_path: Path, monkeypatc
     assert 10_000 == first.stationary["synthetic"].events
     kept = {path.name: path.stat().st_mtime_ns for path in folder.glob("*.jsonl")}
     assert first == run_drift(options, Console(quiet=True), settings)
+    assert first.refresh is None
     assert kept == {path.name: path.stat().st_mtime_ns for path in folder.glob("*.jsonl")}
+    runs = [
+        RefreshRun(name="synthetic", scenario=kind, seed=0, events=10_000, auc=0.8, auc_without=0.8, left=6_000,
+                   auc_last_quarter=0.8, auc_last_quarter_without=0.77, recovered=3_000)
+        for kind in KINDS
+    ]  # fmt: skip
+    monkeypatch.setattr(bench_drift, "refreshed", lambda *_: iter(runs))
+    whole = run_drift(replace(options, recovery=True), Console(quiet=True), settings)
+    assert (0.5, pytest.approx(0.03)) == (whole.recovery_ratio, whole.auc_gain_last_quarter)
+    assert 0.5 == whole.cases["synthetic permute"].recovery_ratio
+    assert whole.refresh is not None
+    assert set(whole.refresh.cases) == set(whole.cases)
+    shown = Console(record=True, width=200, quiet=False, file=io.StringIO())
+    show(whole, shown)
+    assert "≤ 0.50" in shown.export_text()
 
 
 def test_what_is_tried_out_is_undone(tmp_path: Path) -> None:
@@ -74,7 +93,7 @@ def test_what_is_tried_out_is_undone(tmp_path: Path) -> None:
     events = list(source(parameters).events())
     spec = LearnerSpec(parameters.features, source(parameters).feedback)
     model = read_model(random_model(tmp_path, spec, [event.item_id for event in events[:1000]]))
-    member = bench_drift._Member(model)
+    member = Member(model)
     member.learn(events[:1000])
     tried = member.try_out(events[1000:2500])
     assert tried == member.try_out(events[1000:2500]) == member.learn(events[1000:2500])

@@ -30,7 +30,8 @@ OTHERS = {"up", "ALERTS", "process_resident_memory_bytes", "process_cpu_seconds_
 #: Every optional part of the chart, and what values refer to.
 EVERYTHING = (
     "serviceMonitor.enabled=true,prometheusRule.enabled=true,dashboard.enabled=true,secretFiles={kafka-tls},"
-    "secretEnv.SASL_PASSWORD.secret=kafka,secretEnv.SASL_PASSWORD.key=password,gpu.nvidia\\.com/gpu=1"
+    "secretEnv.SASL_PASSWORD.secret=kafka,secretEnv.SASL_PASSWORD.key=password,gpu.nvidia\\.com/gpu=1,"
+    "refresh.enabled=true,refresh.imageTag=cuda,refresh.gpu.nvidia\\.com/gpu=1"
 )
 #: Of the Prometheus operator; kubernetes-validate has no schemas of it.
 OPERATORS = {"ServiceMonitor", "PrometheusRule"}
@@ -80,14 +81,19 @@ def test_each_alert_is_raised_when_it_is_due_and_not_before() -> None:
     ran("promtool", "test", "rules", str(RULES.parent / "rules_test.yaml"))
 
 
-def test_every_alert_has_its_section_in_the_readme_and_says_how_bad_it_is() -> None:
+def test_every_alert_has_its_section_in_the_readme_and_its_panel_and_says_how_bad_it_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    links = script(monkeypatch, "grafana/build.py").links()
+    panels = {panel["id"]: panel for panel in json.loads(DASHBOARD.read_text())["panels"]}
     headings = set(re.findall(r"^#+ (StreamAdapt\w+)$", (ROOT / "README.md").read_text(), re.MULTILINE))
     alerts = {rule["alert"]: rule for rule in rules() if "alert" in rule}
 
-    assert alerts.keys() == headings
+    assert alerts.keys() == headings == links.keys()
     for name, rule in alerts.items():
         assert f"README.md#{name.lower()}" == rule["annotations"]["runbook"]
-        assert "/d/stream-adapt" == rule["annotations"]["dashboard"]
+        assert links[name] == rule["annotations"]["dashboard"]
+        assert "row" != panels[int(links[name].partition("viewPanel=")[2])]["type"]
         assert rule["labels"]["severity"] in {"critical", "warning"}
         assert rule["annotations"]["summary"].endswith(".")
 
@@ -121,7 +127,7 @@ def test_the_dashboard_is_what_its_builder_writes(monkeypatch: pytest.MonkeyPatc
 
 def test_every_panel_says_what_it_shows_and_judges_the_chosen_application_alone() -> None:
     panels = json.loads(DASHBOARD.read_text())["panels"]
-    assert 4 == sum(panel["type"] == "row" for panel in panels)
+    assert 5 == sum(panel["type"] == "row" for panel in panels)
     for panel in panels:
         for target in panel.get("targets", ()):
             names = re.findall(r"\b(?:stream_adapt|process)_\w+(\{[^}]*\})?", target["expr"])
@@ -224,6 +230,28 @@ def test_pods_have_stable_names_secrets_by_reference_and_nothing_to_write_but_vo
     assert "/readyz" == container["readinessProbe"]["httpGet"]["path"]
     assert 1 == container["resources"]["limits"]["nvidia.com/gpu"]
     assert not [d for d in found if d["kind"] == "Secret"]
+
+
+def test_the_refresh_is_a_workload_of_its_own_with_a_gpu_and_members_have_nothing_to_write_models_with() -> None:
+    found = rendered("--set", EVERYTHING)
+    refresh = next(d for d in found if d["kind"] == "Deployment")
+    members = next(d for d in found if d["kind"] == "StatefulSet")
+    (container,) = refresh["spec"]["template"]["spec"]["containers"]
+    labels = refresh["spec"]["template"]["metadata"]["labels"]
+    service = next(d for d in found if d["kind"] == "Service")
+
+    assert ["refresh", "--follow"] == container["args"][:2]
+    assert container["image"].endswith(":cuda")
+    assert 1 == container["resources"]["limits"]["nvidia.com/gpu"]
+    assert [False, True] == [_models_are_read_only(one) for one in (refresh, members)]
+    assert not service["spec"]["selector"].items() <= labels.items(), "nobody scrapes it as a member"
+    assert not [d for d in rendered() if d["kind"] == "Deployment"], "unless it is asked for"
+
+
+def _models_are_read_only(workload: dict[str, Any]) -> bool:
+    pod = workload["spec"]["template"]["spec"]
+    (mount,) = (m for m in pod["containers"][0]["volumeMounts"] if m["name"] == "models")
+    return bool(mount.get("readOnly"))
 
 
 def test_the_chart_ships_the_rules_and_the_dashboard_as_they_are() -> None:

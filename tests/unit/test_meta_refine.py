@@ -48,9 +48,11 @@ def test_a_challenger_follows_its_champion_and_learns_what_is_new(rule: str, tmp
     assert (new.item_vector[at, -1] > 0).all(), "new items are liked"
     figures = trained.figures
     assert figures["slice_log_loss_all"] < figures["slice_log_loss_champion"]
+    assert "carry" == trained.rows
 
 
-def test_where_the_world_moved_the_newer_events_win() -> None:
+def both_worlds() -> tuple[Log, Log]:
+    """Events before and after the world moved, and the latter alone."""
     before, after = log_of(seed=1, bias=-3.0), log_of(seed=2)
     both = Log(
         np.concatenate([before.users, after.users]),
@@ -59,10 +61,30 @@ def test_where_the_world_moved_the_newer_events_win() -> None:
         np.concatenate([before.levels, after.levels]),
         before.features + after.features,
     )
-    newer = np.arange(len(both)) >= len(before)
+    return both, after
+
+
+def test_where_the_world_moved_the_events_since_win_and_items_are_only_as_well_known_as_by_them() -> None:
+    both, after = both_worlds()
+    newer = np.arange(len(both)) >= len(both) - len(after)
     trained = refine.refine(both, random_model(), QUICK, "cpu", newer=newer)
-    assert "newer" == trained.about["trained_on"]
-    assert len(after) == trained.about["events"]
+    figures = trained.figures
+    assert figures["slice_log_loss_newer"] < figures["slice_log_loss_all"]
+    assert figures["slice_log_loss_anew"] < figures["slice_log_loss_all"]
+    assert ("anew", len(after)) == (trained.about["trained_on"], trained.about["events"])
+    assert "restart_items" == trained.rows
+    assert (refine.counted(after, trained.weights.item_hash) == trained.weights.item_events).all()
+    assert len(after) == trained.weights.item_events.sum()
+
+
+def test_candidates_are_judged_by_events_since_the_world_moved() -> None:
+    log = log_of(n=20_000)
+    moved = np.arange(20_000) >= 18_000
+    few = refine.newest(log, moved, refine.SETTINGS)
+    assert 500 == few.sum() == few[18_000:].sum(), "a quarter of them"
+    many = refine.newest(log, np.arange(20_000) >= 1_000, refine.SETTINGS)
+    assert 1_900 == many.sum() == many[-1_900:].sum(), "a tenth"
+    assert 2_000 == refine.newest(log, None, refine.SETTINGS).sum()
 
 
 def test_from_noise_nothing_is_learned_and_there_is_no_challenger() -> None:

@@ -135,6 +135,7 @@ class Stage:
         self.kafka, self.now_s, self.jobs = Kafka(), 1_000_000.0, list[Job]()
         self.outcome = Outcome(self.challenger, figures={"slice_auc_all": 0.7}, trained_until={0: 60})
         self.trainings: list[FakeTraining] = []
+        self.end = 10  # offset behind what summaries tell of
         for kind, fake in (("Journal", FakeJournal), ("Announcements", FakeAnnouncements), ("LivePair", FakePair)):
             monkeypatch.setattr(module, kind, fake)
         FakeJournal.kafka = FakeAnnouncements.kafka = self.kafka
@@ -165,7 +166,7 @@ class Stage:
         """Turns of the leader; members serve what is announced."""
         for _ in range(count):
             version = self.kafka.announced[-1].version if self.kafka.announced else self.champion
-            summary = Summary(0, 0, 0, 9, "", version, labelled, labelled, 5.0, 6.0, 5.0, 5.0, 5.0, 0, 0, 9)
+            summary = Summary(0, 0, 0, self.end - 1, "", version, labelled, labelled, 5.0, 6.0, 5.0, 5.0, 5.0, 0, 0, 9)
             self.leader._monitor.add = lambda _summaries, found=alarms: list(found)  # type: ignore[method-assign]
             try:
                 self.leader.turn([summary] if labelled else [], 7)
@@ -232,16 +233,17 @@ def test_only_a_better_challenger_goes_live_and_one_that_gets_worse_goes_back(
 
 
 @pytest.mark.parametrize(
-    ("outcome", "reason"),
+    ("outcome", "reason", "failed"),
     [
-        (Outcome(reason="killed"), "killed"),
-        (Outcome(), "does not say why"),
-        (Outcome("no-such-version"), "no-such-version"),
-        (Outcome("../../etc"), "is no version"),
+        (Outcome(reason="killed"), "killed", True),
+        (Outcome(), "does not say why", True),
+        (Outcome("no-such-version"), "no-such-version", True),
+        (Outcome("../../etc"), "is no version", True),
+        (Outcome(reason="0.5 is no less than 0.4", no_better=True), "no less than", False),
     ],
 )
 def test_a_training_without_a_sound_challenger_is_rejected_with_the_reason(
-    stage: Stage, outcome: Outcome, reason: str
+    stage: Stage, outcome: Outcome, reason: str, failed: bool
 ) -> None:
     stage.outcome = outcome
     stage.turns(alarms=(ALARM,))
@@ -249,6 +251,7 @@ def test_a_training_without_a_sound_challenger_is_rejected_with_the_reason(
     assert (State.REJECTED, stage.champion) == (state.state, state.champion)
     assert state.last is not None
     assert reason in state.last.reason
+    assert failed is state.last.failed
     assert all(training.closed for training in stage.trainings)
 
 
@@ -297,6 +300,24 @@ def test_who_asks_need_not_wait_and_is_remembered_while_a_refresh_is_under_way(s
     assert 2 == len(stage.turns(10, labelled=0).started_ms) == len(stage.jobs)
 
 
+@pytest.mark.parametrize(("kind", "trainings"), [("alarm", 1), ("asked", 2)])
+def test_a_promotion_answers_alarms_that_came_meanwhile_and_not_who_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, kind: str, trainings: int
+) -> None:
+    stage = Stage(tmp_path, monkeypatch, cooldown_s=0)
+    stage.turns(alarms=(ALARM,))
+    while stage.state.state is not State.SHADOW:
+        stage.turns()
+    if kind == "asked":
+        stage.kafka.request = Request("meanwhile", 0)
+        stage.turns()
+    else:
+        stage.turns(alarms=(ALARM,))
+    state = stage.turns(60)
+    assert state.last is not None
+    assert trainings == len(stage.jobs)
+
+
 def test_the_schedule_counts_from_the_last_refresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     stage = Stage(tmp_path, monkeypatch, every_s=500, cooldown_s=0)
     stage.outcome = Outcome(reason="nothing")
@@ -311,6 +332,43 @@ def test_the_schedule_counts_from_the_last_refresh(tmp_path: Path, monkeypatch: 
     stage.now_s += 101
     stage.turns(5)
     assert 2 == len(stage.jobs)
+
+
+def test_as_the_new_world_grows_it_is_learned_again(stage: Stage) -> None:
+    stage.outcome = Outcome(reason="nothing")
+    stage.end = 140
+    stage.turns(alarms=(ALARM,))
+    stage.turns(10)
+    assert [{0: 40}] == [job.newer for job in stage.jobs]
+    stage.now_s += 101
+    stage.end = 239
+    stage.turns(10)
+    assert 1 == len(stage.jobs), "not yet twice as many"
+    stage.leader.close()
+    stage.leader = stage.lead()
+    stage.end = 240
+    state = stage.turns(10)
+    assert [{0: 40}, {0: 40}] == [job.newer for job in stage.jobs]
+    assert state.last is not None
+    assert state.last.trigger is not None
+    assert ("grown", {0: 240}) == (state.last.trigger.kind, state.learned)
+
+
+def test_once_the_new_world_fills_the_window_it_is_the_only_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = Stage(tmp_path, monkeypatch, window_events=1_000, cooldown_s=0, per_day=100)
+    stage.outcome = Outcome(reason="nothing")
+    stage.end = 140
+    stage.turns(alarms=(ALARM,))
+    stage.turns(10)
+    stage.end = 1_040
+    stage.turns(10)
+    stage.end = 9_000
+    stage.turns(10)
+    stage.kafka.request = Request("r", 0)
+    stage.turns(10)
+    assert [{0: 40}, {}, {}] == [job.newer for job in stage.jobs]
 
 
 def test_a_step_of_which_leaders_die_again_and_again_is_given_up(stage: Stage) -> None:

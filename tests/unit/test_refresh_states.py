@@ -8,12 +8,13 @@ import pytest
 
 from stream_adapt.refresh.states import RESTING, TABLE, Action, Event, Impossible, State, follow
 
-TRIGGERS = {Event.ALARM, Event.SCHEDULE, Event.ASKED}
+TRIGGERS = (Event.ALARM, Event.SCHEDULE, Event.GROWN, Event.ASKED)
 BY_OTHERS = {Event.REPLACED, Event.REVERTED}
 #: What may happen in a state, beside triggers and what others announce, and where it leads.
 LEADS = {
     (State.COOLING, Event.COOLED): (State.TRAINING, Action.NONE),
     (State.TRAINING, Event.TRAINED): (State.SHADOW, Action.NONE),
+    (State.TRAINING, Event.NOT_BETTER): (State.REJECTED, Action.CLOSE),
     (State.TRAINING, Event.FAILED): (State.REJECTED, Action.CLOSE),
     (State.SHADOW, Event.BETTER): (State.PROMOTED, Action.ANNOUNCE),
     (State.SHADOW, Event.NOT_BETTER): (State.REJECTED, Action.CLOSE),

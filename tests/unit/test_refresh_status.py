@@ -59,6 +59,13 @@ def test_what_the_leader_tells_is_exposed() -> None:
     } == exposed(TOLD)
 
 
+def test_a_refresh_that_failed_is_told_apart_from_one_that_found_nothing_better() -> None:
+    failed = msgspec.structs.replace(TOLD, last=Decision("rejected", 1_600_000_000_000, "killed", failed=True))
+    found = exposed(failed)
+    assert 1_600_000_000 == found["stream_adapt_refresh_decision_timestamp_seconds failed"]
+    assert "stream_adapt_refresh_decision_timestamp_seconds rejected" not in found
+
+
 @pytest.mark.parametrize("told", [None, msgspec.structs.replace(TOLD, leader=False)], ids=["nobody", "another leads"])
 def test_who_does_not_lead_tells_only_that(told: Status | None) -> None:
     found = exposed(told)
