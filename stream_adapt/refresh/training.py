@@ -7,6 +7,7 @@ that hangs is ended from outside.
 
 from __future__ import annotations
 
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -21,7 +22,6 @@ from stream_adapt.config import Config
 from stream_adapt.errors import DataError, StreamAdaptError
 from stream_adapt.kafka import properties
 from stream_adapt.kafka.reading import TopicReader
-from stream_adapt.local import be_nice
 from stream_adapt.models import Model, Registry, write_model
 from stream_adapt.refresh.window import Window, read_window
 
@@ -162,7 +162,7 @@ def main(folder: Path) -> int:
     job = msgspec.json.decode((folder / JOB).read_bytes(), type=Job)
     config = Config.model_validate(job.config)
     logs.configure(config.log)
-    be_nice(config.refresh.nice)
+    os.nice(config.refresh.nice)
     try:
         outcome = train(job, lambda progress: write(folder / PROGRESS, progress))
     except (DataError, StreamAdaptError) as error:

@@ -56,7 +56,7 @@ class Worker:
         environment = os.environ | {"OMP_NUM_THREADS": threads, "MKL_NUM_THREADS": threads}
         self._started = clock()
         self._process = subprocess.Popen(
-            dying_with_parent([*command, str(self._path)], config.refresh.nice),
+            dying_with_parent([*command, str(self._path)]),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             env=environment,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -74,12 +73,3 @@ def test_nothing_of_the_job_is_a_secret(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("KAFKA_PASSWORD", "canary")
     config = Config.model_validate({"kafka": {"properties": {"sasl.password": {"env": "KAFKA_PASSWORD"}}}})
     assert "canary" not in config.model_dump_json()
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="elsewhere it makes itself nice once it is imported")
-def test_it_is_nice_from_the_beginning() -> None:
-    script = (
-        """(folder / 'outcome.json').write_text('{"figures": {"nice": %d}}' % os.getpriority(os.PRIO_PROCESS, 0))"""
-    )
-    with worker(script) as made:
-        assert {"nice": max(Config().refresh.nice, os.getpriority(os.PRIO_PROCESS, 0))} == outcome_of(made).figures
