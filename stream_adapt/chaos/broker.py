@@ -18,6 +18,7 @@ from stream_adapt.testing.proxy import FaultProxy
 _LEAST_SESSION_MS = 1_000
 #: By default the coordinator looks every 10 s for transactions that timed out: too rarely to see what 5 s mean.
 _LOOK_FOR_TIMEOUTS_MS = 500
+_STARTUP_TIMEOUT_S = 180.0
 
 
 def properties(timeouts: Timeouts) -> dict[str, str]:
@@ -55,7 +56,10 @@ class Broker:
             "advertised.listeners": f"PROXY://{self.proxy.address}",
             "listener.security.protocol.map": "PROXY:PLAINTEXT",
         }
-        self.kafka = EmbeddedKafka(data_dir, properties={**properties(timeouts), **behind})
+        # Members and controllers start at the same time: on a busy machine a broker takes long.
+        self.kafka = EmbeddedKafka(
+            data_dir, properties={**properties(timeouts), **behind}, startup_timeout_s=_STARTUP_TIMEOUT_S
+        )
 
     def __enter__(self) -> Self:
         try:

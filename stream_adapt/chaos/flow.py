@@ -11,13 +11,14 @@ import signal
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 from typing import Literal
 
+import msgspec
 import yaml
 from confluent_kafka import Message
 from rich.console import Console
@@ -25,16 +26,19 @@ from rich.live import Live
 from rich.text import Text
 
 from stream_adapt import config, service
-from stream_adapt.chaos import load, oracle
+from stream_adapt.announcements import Announcement
+from stream_adapt.chaos import load, oracle, refreshing
 from stream_adapt.chaos.broker import Broker
 from stream_adapt.chaos.load import Load
 from stream_adapt.chaos.members import Team
 from stream_adapt.chaos.network import Network, kinds
+from stream_adapt.chaos.refreshing import CONTROLLERS, Operator, Reaper, controller_name
 from stream_adapt.chaos.report import ChaosResult
 from stream_adapt.chaos.schedule import Action, Timeouts, draw, member_name
 from stream_adapt.chaos.watch import Watch, percentile, takeovers_s
 from stream_adapt.errors import ConfigError, KafkaRefused, StreamAdaptError
 from stream_adapt.kafka.topics import create_topics
+from stream_adapt.models import Model, Registry, read_model, write_model
 
 APP = "chaos"
 Protocol = Literal["classic", "consumer"]
@@ -67,6 +71,7 @@ class ChaosOptions:
     per_second: float = 300.0  # events
     partitions: int = 6
     protocol: Protocol = "classic"
+    refreshes: bool = True  # controllers work, and are killed and stopped, too
     keep: Path | None = None  # folder for logs, configuration, model and Kafka's data; a temporary one if not given
 
 
@@ -118,10 +123,13 @@ class _Run:
         self._done: Counter[str] = Counter()
         windows = (_AWAY_WINDOW_S, _FENCED_TIMEOUTS * self._timeouts.transaction_s)
         self._team = Team(folder, _environment(), windows)
+        self._controllers = [controller_name(n) for n in range(CONTROLLERS if options.refreshes else 0)]
+        self._reaper = Reaper(self._team)
 
     def run(self) -> ChaosResult:
         options, faults = self._options, kinds(self._timeouts)
-        schedule = draw(options.seed, options.minutes * 60, options.members, self._timeouts, faults)
+        seconds = options.minutes * 60
+        schedule = draw(options.seed, seconds, options.members, self._timeouts, faults, self._controllers)
         self._settle()
         with Live(console=self._console, refresh_per_second=4, transient=True) as self._live:
             self._start()
@@ -149,12 +157,19 @@ class _Run:
 
     def _make_model(self) -> Path:
         from stream_adapt.models import LearnerSpec
-        from stream_adapt.testing.model import random_model
+        from stream_adapt.testing.model import random_model, random_weights
 
         features, feedback = load.declared(self._options.seed)
         items, columns = load.examples(self._options.seed)
         spec = LearnerSpec(features, feedback)
-        return random_model(self._folder / "models", spec, items, columns, self._options.seed)
+        path = random_model(self._folder / "models", spec, items, columns, self._options.seed)
+        first = read_model(path)
+        fitted, f = first.manifest.fitted, first.weights.implicit_item
+        weights = random_weights(spec, items, fitted, self._options.seed + 1)
+        # Rows hold sums of f: a model with another one could not take its place.
+        weights = msgspec.structs.replace(weights, implicit_item=f)
+        self._second = write_model(path.parent, weights, spec, fitted, parent=first.version).name
+        return path
 
     def _configure(self, instance: str) -> Path:
         """Writes a member's configuration."""
@@ -172,6 +187,8 @@ class _Run:
             "topics": {"partitions": self._options.partitions},
             "model": {"path": str(self._model)},
             "metrics": {"port": 0},
+            "state": {"dir": str(self._folder / f"state-{instance}")},
+            "refresh": refreshing.SETTINGS if self._options.refreshes else {},
         }
         path.write_text(yaml.safe_dump(sections, sort_keys=False), encoding="utf-8")
         return path
@@ -181,6 +198,13 @@ class _Run:
         self._stack.callback(self._team.end)
         for number in range(self._options.members):
             self._team.start(member_name(number), self._configure(member_name(number)))
+        for name in self._controllers:
+            self._team.start(name, self._configure(name), refreshing.COMMAND)
+        kafka = self._settings.kafka.model_copy(update={"bootstrap_servers": self._broker.address})
+        app = self._settings.app.model_copy(update={"instance": "operator"})
+        past_proxy = self._settings.model_copy(update={"kafka": kafka, "app": app})
+        self._operator = Operator(past_proxy, self._model.name, self._second)
+        self._stack.callback(self._operator.close)
         events = self._settings.topic_names.events
         self._watch = Watch(self._broker.address, self._settings.group_id, events, self._options.partitions)
         self._stack.callback(self._watch.close)
@@ -219,6 +243,17 @@ class _Run:
                 return team.leave(name)
             case "broker_stop" | "broker_kill":
                 return self._broker.restart(kill=action.kind == "broker_kill")
+            case "refresh" | "promote":
+                self._operator.do(action.kind)
+                return True
+            case "controller_kill":
+                self._reaper.kill_controller(name)
+                return True
+            case "controller_stop":
+                return team.stop(name, action.for_s, notable=True)
+            case "trainer_kill":
+                self._reaper.kill_training(action.for_s)
+                return True
             case "fault":
                 self._network.inject(action.fault, name, action.for_s)
                 return True
@@ -249,6 +284,7 @@ class _Run:
     def _drain(self) -> float:
         """No more events; everything is committed; members leave. Seconds from the last event on."""
         began = time.monotonic()
+        self._operator.close()
         self._load.stop()
         self._inputs = oracle.read_inputs(oracle.read_topic(self._broker.address, self._settings.topic_names.events))
         wanted: dict[int, int] = {}
@@ -266,6 +302,7 @@ class _Run:
     def _turn(self, doing: str = "", seconds: float = _TURN_S) -> None:
         self._team.tend()
         self._network.tend()
+        self._reaper.tend()
         self._live.update(self._line(doing), refresh=False)
         time.sleep(seconds)
 
@@ -310,6 +347,11 @@ class _Run:
             leaves=self._done["leave"],
             broker_restarts=self._broker.restarts,
             proxy_faults=self._done["fault"],
+            refreshes=self._operator.done.count("refresh"),
+            promotions_by_hand=self._operator.done.count("promote"),
+            trainer_kills=self._reaper.trainings,
+            controller_kills=self._reaper.controllers,
+            controller_stops=self._done["controller_stop"],
             skipped=self._skipped,
             takeovers=len(takeovers),
             takeover_s_p50=round(percentile(takeovers, 0.5), 2),
@@ -320,11 +362,13 @@ class _Run:
             *said.first,
             *oracle.compare_load(self._inputs, self._load.acked, self._load.unknown),
             *self._team.faults(),
+            *([f"what was done by hand ended with {self._operator.error!r}"] if self._operator.error else []),
         ]
         self._compare_rows(result, scores)
         left_out = self._broker.markers_left_out()
         result.markers_left_out = len(left_out)
         result.notes = [f"the broker left transaction markers out, so doubles there are its own: {e}" for e in left_out]
+        result.notes += [f"not done by hand: {what}" for what in self._operator.refused]
         return result
 
     def _compare_rows(self, result: ChaosResult, scores: list[Message]) -> None:
@@ -332,14 +376,30 @@ class _Run:
         with self._console.status("a calm run over the same records"):
             settings = self._settings
             pipeline = service.build_pipeline(settings, service.served_model(settings), settings.topic_names)
-            calm = oracle.calm_run(pipeline, self._inputs)
+            versions = oracle.stretches(scores)
+            announced = self._announced()
+            result.faults += oracle.compare_versions(versions, [self._model.name, *(one.version for one in announced)])
+            result.promotions = sum(one.decided_by == "refresh" for one in announced)
+            result.swaps_scored = sum(len(parts) - 1 for parts in versions.values())
+            calm = oracle.calm_run(pipeline, self._inputs, versions, self._models(versions))
             changelog = oracle.latest_rows(oracle.read_topic(self._broker.address, settings.topic_names.changelog))
         rows = oracle.compare_rows(calm.rows, changelog, calm.layouts)
         result.rows_compared, result.rows_different = rows.compared, rows.different
         result.max_row_error = rows.max_error
         result.scores_compared = len(calm.scores)
         result.scores_different, different = oracle.compare_scores(calm.scores, scores)
-        result.faults += [*rows.first, *different, *oracle.compare_controls(changelog, self._committed)]
+        result.faults += [*rows.first, *different, *oracle.compare_controls(changelog, self._committed, versions)]
+
+    def _announced(self) -> list[Announcement]:
+        """In order; the topic is compacted, but nothing of it yet."""
+        messages = oracle.read_topic(self._broker.address, self._settings.topic_names.models)
+        return [msgspec.json.decode(message.value() or b"", type=Announcement) for message in messages]
+
+    def _models(self, versions: Mapping[int, Sequence[oracle.Stretch]]) -> dict[str, Model]:
+        """Every version that scored something, as members serve it."""
+        registry = Registry(self._model)
+        named = {part.version for parts in versions.values() for part in parts}
+        return {version: service.as_configured(self._settings, registry.read(version)) for version in named}
 
 
 def _environment() -> dict[str, str]:

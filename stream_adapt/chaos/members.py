@@ -21,7 +21,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -96,6 +96,7 @@ class Member:
     """One instance, over all its lives."""
 
     name: str
+    command: Sequence[str]
     config: Path
     log: Path
     process: subprocess.Popen[bytes]
@@ -126,10 +127,10 @@ class Team:
         self._away_s, self._fenced_s = windows_s
         self._began = time.monotonic()
 
-    def start(self, name: str, config: Path) -> None:
-        """A member joins."""
+    def start(self, name: str, config: Path, command: Sequence[str] = ("run",)) -> None:
+        """A member joins; or whoever else is to be kept running."""
         log = self._folder / f"{name}.log"
-        self.members[name] = Member(name, config, log, self._spawn(config, log), time.monotonic())
+        self.members[name] = Member(name, command, config, log, self._spawn(command, config, log), time.monotonic())
 
     def kill(self, name: str) -> bool:
         """SIGKILL, stopped or not; False if it is not running just now."""
@@ -164,6 +165,11 @@ class Team:
         if notable:
             self.troubles.frozen.setdefault(name, []).append((now, now + seconds))
         return True
+
+    def age_s(self, name: str) -> float:
+        """How long somebody has been running; 0 if it is not just now."""
+        member = self.members.get(name)
+        return time.monotonic() - member.started_at if member is not None and self._runs(member) else 0.0
 
     def tend(self) -> None:
         """What a supervisor does: notices ends, restarts, resumes the stopped, loses patience with who will not go."""
@@ -208,17 +214,17 @@ class Team:
     def faults(self) -> list[str]:
         """Ends that should not have been, and tracebacks, in words."""
         ends = [f"{e.member} after {e.at_s:.0f} s: {e.why}" for e in self.exits if not e.expected]
-        return ends + [found for log in sorted(self._folder.glob("m*.log")) for found in tracebacks(log)]
+        return ends + [found for log in sorted(self._folder.glob("*.log")) for found in tracebacks(log)]
 
-    def _spawn(self, config: Path, log: Path) -> subprocess.Popen[bytes]:
+    def _spawn(self, command: Sequence[str], config: Path, log: Path) -> subprocess.Popen[bytes]:
         self.starts += 1
-        command = [sys.executable, "-m", "stream_adapt", "run", "-c", str(config)]
+        whole = [sys.executable, "-m", "stream_adapt", *command, "-c", str(config)]
         with log.open("ab") as out:
             out.write(f"--- start {self.starts} after {time.monotonic() - self._began:.2f} s\n".encode())
             out.flush()
             # A session of its own: Ctrl-C goes to us, and we end the members before the broker.
             return subprocess.Popen(
-                dying_with_parent(command),
+                dying_with_parent(whole),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -262,7 +268,7 @@ class Team:
             member.restart_at = now + RESTART_AFTER_S
 
     def _restart(self, member: Member) -> None:
-        member.process = self._spawn(member.config, member.log)
+        member.process = self._spawn(member.command, member.config, member.log)
         member.started_at, member.told, member.restart_at = time.monotonic(), None, None
 
     def _too_slow(self, member: Member, now: float) -> None:

@@ -7,16 +7,21 @@ The reader is a plain consumer with read_committed, outside of every group, and 
 3. `compare_scores`: does every score say what the calm run says?
 
 The calm run is the pipeline alone, in this process, fed partition by partition: by the fifth promise of the design
-neither batch cuts nor crashes nor rebalances leave a trace in rows or scores.
+neither batch cuts nor crashes nor rebalances leave a trace in rows or scores. Where other models were announced
+meanwhile, each partition went over at an offset of its own, which its scores tell; the calm run goes over there, too.
+`compare_versions` asks whether that happened in the order of the announcements.
 """
 
 from __future__ import annotations
 
 import time
 import uuid
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
+from itertools import pairwise
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import msgspec
@@ -26,6 +31,7 @@ from confluent_kafka.admin import AdminClient, OffsetSpec  # type: ignore[attr-d
 
 from stream_adapt.chaos.load import ID_HEADER, REASON_HEADER
 from stream_adapt.errors import KafkaRefused
+from stream_adapt.models import Model
 from stream_adapt.pipeline import Pipeline
 from stream_adapt.record import RawBatch, Source
 from stream_adapt.state.row import Kind, Layout, RowError
@@ -121,6 +127,8 @@ class _Control(msgspec.Struct, frozen=True):
     """What is compared of a control row; its bytes are a header, MessagePack and a checksum."""
 
     next_offset: int
+    model_version: str = ""
+    model_since: int = 0
 
 
 _HEADER_BYTES, _CHECKSUM_BYTES = 8, 4
@@ -274,6 +282,50 @@ def compare_load(inputs: Iterable[Input], acked: set[str], unknown: set[str]) ->
     ]
 
 
+class Stretch(NamedTuple):
+    """Scores of a partition, one after the other, that say the same version."""
+
+    version: str
+    first: int  # source offsets
+    last: int
+
+
+def stretches(scores: Iterable[Message]) -> dict[int, list[Stretch]]:
+    """By partition of the input, which versions scored it, in the order of its records."""
+    said = sorted(
+        (score.source_partition, score.source_offset, score.model_version)
+        for score in (_decode_score(_bytes(message.value()) or b"") for message in scores)
+    )
+    found: dict[int, list[Stretch]] = {}
+    for partition, offset, version in said:
+        known = found.setdefault(partition, [])
+        if known and known[-1].version == version:
+            known[-1] = known[-1]._replace(last=offset)
+        else:
+            known.append(Stretch(version, offset, offset))
+    return found
+
+
+def compare_versions(found: Mapping[int, Sequence[Stretch]], announced: Sequence[str]) -> list[str]:
+    """Partitions whose scores went back to a version, or to one that nobody announced.
+
+    Args:
+        found: what scores say.
+        announced: the version that everybody began with, then all that were announced, in order; some twice.
+    """
+    wrong = []
+    for partition, parts in sorted(found.items()):
+        at = -1
+        for part in parts:
+            later = [n for n in range(at + 1, len(announced)) if announced[n] == part.version]
+            if not later:
+                before = announced[at] if at >= 0 else "nothing"
+                wrong.append(f"partition {partition}: {part.version} from offset {part.first} on, after {before}")
+                break
+            at = later[0]
+    return wrong
+
+
 class CalmRun(NamedTuple):
     """What the pipeline makes of the inputs when nothing happens."""
 
@@ -282,28 +334,59 @@ class CalmRun(NamedTuple):
     layouts: dict[Kind, Layout]
 
 
-def calm_run(pipeline: Pipeline, inputs: Iterable[Input]) -> CalmRun:
-    """Runs a new pipeline over each partition's records in their order."""
+def calm_run(
+    pipeline: Pipeline,
+    inputs: Iterable[Input],
+    versions: Mapping[int, Sequence[Stretch]] = MappingProxyType({}),
+    models: Mapping[str, Model] = MappingProxyType({}),
+) -> CalmRun:
+    """Runs a new pipeline over each partition's records in their order.
+
+    Args:
+        pipeline: with the model that everybody began with.
+        inputs: all committed records.
+        versions: by partition, which versions scored it: the pipeline serves each from its first score on.
+        models: all of these versions.
+    """
     by_partition: dict[int, list[Input]] = {}
+    ready = {version: pipeline.adapter.ready(model) for version, model in models.items()}
+    first = pipeline.adapter.model
+    ready.setdefault(first.version, pipeline.adapter.ready(first))
     for one in inputs:
         by_partition.setdefault(one.place[0], []).append(one)
     scores: dict[Source, bytes] = {}
     for partition, records in sorted(by_partition.items()):
         records.sort(key=lambda one: one.place)
-        raw = RawBatch(
-            [one.key for one in records],
-            [one.value for one in records],
-            np.full(len(records), partition, dtype=np.int32),
-            np.array([one.place[1] for one in records], dtype=np.int64),
-        )
-        for chunk in raw.chunks(_CALM_CHUNK):
-            block = pipeline(chunk).outputs[0]
-            places = zip(block.partitions, block.offsets, strict=True)
-            scores.update({place: value or b"" for place, value in zip(places, block.values, strict=True)})
-            pipeline.adapter.commit()
+        pipeline.serve(ready[first.version])
+        for version, part in _by_version(records, versions.get(partition, ())):
+            if version is not None:
+                pipeline.serve(ready[version])
+            for chunk in _raw(partition, part).chunks(_CALM_CHUNK):
+                block = pipeline(chunk).outputs[0]
+                places = zip(block.partitions, block.offsets, strict=True)
+                scores.update({place: value or b"" for place, value in zip(places, block.values, strict=True)})
+                pipeline.adapter.commit()
     tables = {Kind.USER: pipeline.adapter.users, Kind.ITEM: pipeline.adapter.items}
     rows = dict(row for kind, table in tables.items() for row in _rows(kind, table, sorted(by_partition)))
     return CalmRun(rows, scores, {kind: table.layout for kind, table in tables.items()})
+
+
+def _by_version(records: list[Input], parts: Sequence[Stretch]) -> Iterator[tuple[str | None, list[Input]]]:
+    """A partition's records, cut where its scores say another version; what comes before any score has none."""
+    starts = [part.first for part in parts]
+    edges = [0, *(bisect_left(records, start, key=lambda one: one.place[1]) for start in starts), len(records)]
+    for version, (start, stop) in zip([None, *(part.version for part in parts)], pairwise(edges), strict=True):
+        if start < stop:
+            yield version, records[start:stop]
+
+
+def _raw(partition: int, records: list[Input]) -> RawBatch:
+    return RawBatch(
+        [one.key for one in records],
+        [one.value for one in records],
+        np.full(len(records), partition, dtype=np.int32),
+        np.array([one.place[1] for one in records], dtype=np.int64),
+    )
 
 
 def _rows(kind: Kind, table: Table, partitions: Iterable[int]) -> Iterator[tuple[RowKey, bytes]]:
@@ -390,15 +473,40 @@ def _largest(one: Any, other: Any) -> float:
     return float(np.max(np.abs(np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64))))
 
 
-def compare_controls(found: Mapping[RowKey, bytes], committed: Mapping[int, int]) -> list[str]:
-    """Control rows of the changelog that do not stand where the group stands; `committed` by partition."""
+def compare_controls(
+    found: Mapping[RowKey, bytes],
+    committed: Mapping[int, int],
+    versions: Mapping[int, Sequence[Stretch]] = MappingProxyType({}),
+) -> list[str]:
+    """Control rows of the changelog that do not stand where the group stands, or not at the model that scores say.
+
+    Args:
+        found: the changelog's rows.
+        committed: the group's offsets, by partition.
+        versions: by partition, which versions scored it.
+    """
     wrong = []
     for partition, offset in sorted(committed.items()):
         content = found.get((partition, CONTROL_KEY))
-        told = None if content is None else _decode_control(content[_HEADER_BYTES:-_CHECKSUM_BYTES]).next_offset
+        control = None if content is None else _decode_control(content[_HEADER_BYTES:-_CHECKSUM_BYTES])
+        told = control and control.next_offset
         if told != offset:
             wrong.append(f"control row of partition {partition}: next offset {told}, the group committed {offset}")
+        if control is not None and versions.get(partition):
+            wrong += _wrong_model(partition, control, versions[partition])
     return wrong
+
+
+def _wrong_model(partition: int, control: _Control, parts: Sequence[Stretch]) -> Iterator[str]:
+    """A shard goes over before the first score of a version, and after the last one of the version before."""
+    of_newest = control.model_version == parts[-1].version
+    before = parts[:-1] if of_newest else parts
+    earliest, latest = before[-1].last + 1 if before else 0, parts[-1].first if of_newest else control.next_offset
+    if not earliest <= control.model_since <= latest:
+        yield (
+            f"control row of partition {partition}: {control.model_version} since {control.model_since}; by its scores "
+            f"since one of {earliest} to {latest}"
+        )
 
 
 def _score(where: str, message: Message) -> Output:

@@ -35,6 +35,13 @@ class ChaosResult(msgspec.Struct):
     leaves: int = 0
     broker_restarts: int = 0
     proxy_faults: int = 0
+    refreshes: int = 0  # asked for
+    promotions: int = 0  # announced by a controller, rollbacks included
+    promotions_by_hand: int = 0
+    trainer_kills: int = 0
+    controller_kills: int = 0
+    controller_stops: int = 0
+    swaps_scored: int = 0  # places, in all partitions, where the scores go over to another version
     skipped: int = 0  # actions for which nobody was there: the member was being restarted, or the broker was
     rows_compared: int = 0
     rows_different: int = 0
@@ -81,8 +88,14 @@ def _figures(result: ChaosResult) -> list[tuple[str, str]]:
     around = f"{result.broker_restarts} restarts of the broker, {result.proxy_faults} faults of the network"
     rows = f"{result.rows_compared:,} compared with a calm run, {result.rows_different:,} different"
     scores = f"{result.scores_compared:,} compared with a calm run, {result.scores_different:,} different"
+    worked = (
+        f"{result.refreshes} asked for, {result.promotions} promotions, {result.promotions_by_hand} by hand, "
+        f"{result.swaps_scored} swaps of a partition; {result.trainer_kills} trainings and {result.controller_kills} "
+        f"controllers killed, {result.controller_stops} stopped"
+    )
     return [
         ("done", f"{done}, {around}"),
+        *([("refreshes", worked)] if result.refreshes else []),
         ("inputs", f"{result.inputs:,} committed"),
         ("outputs", f"{result.scores:,} scores + {result.dead_letters:,} dead letters"),
         ("lost", f"{result.lost:,}"),

@@ -6,14 +6,17 @@ is not the same twice; that is why the oracle, and not a recorded run, says whet
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 import msgspec
 import numpy as np
 
-Kind = Literal["kill", "stop", "join", "leave", "broker_stop", "broker_kill", "fault"]
+Kind = Literal[
+    "kill", "stop", "join", "leave", "broker_stop", "broker_kill", "fault",
+    "refresh", "promote", "controller_kill", "controller_stop", "trainer_kill",
+]  # fmt: skip
 
 #: Mean seconds between two actions of a kind. 48 kills and six restarts of the broker in eight minutes: a member
 #: lives for half a minute, and the broker for longer than a session, so that groups settle now and then.
@@ -22,6 +25,14 @@ STOP_EVERY_S = 20.0
 JOIN_EVERY_S = 40.0
 BROKER_EVERY_S = 80.0
 FAULT_EVERY_S = 12.0
+#: With refreshes: one takes a quarter of a minute where nobody is killed, and half of them are to come to an end.
+REFRESH_EVERY_S = 15.0
+PROMOTE_EVERY_S = 40.0
+CONTROLLER_KILL_EVERY_S = 30.0
+CONTROLLER_STOP_EVERY_S = 60.0
+TRAINER_KILL_EVERY_S = 45.0
+#: How long after a training was first seen it is killed: while it is imported, reads, or trains.
+_TRAINED_S = (0.0, 8.0)
 #: How long one that joined stays, as shares of the time between two joins.
 _STAY = (0.3, 0.7)
 #: Nothing begins in the last part: what was begun should be over when the counting starts.
@@ -69,12 +80,19 @@ def member_name(number: int) -> str:
 
 
 def draw(
-    seed: int, seconds: float, members: int, timeouts: Timeouts = Timeouts(), faults: tuple[Fault, ...] = ()
+    seed: int,
+    seconds: float,
+    members: int,
+    timeouts: Timeouts = Timeouts(),
+    faults: tuple[Fault, ...] = (),
+    controllers: Sequence[str] = (),
 ) -> list[Action]:
     """The actions of a run, in the order of time.
 
     Kills, stops, restarts of the broker and faults come once in every stretch of their mean time, at a moment drawn
     at random; one member more than `members` joins and leaves. Whoever is killed or stopped is a member at that time.
+    With `controllers`, refreshes are asked for, and those who work on them are killed and stopped; what happens to
+    members is the same with them and without.
     """
     random = np.random.default_rng(seed)
     end_s = max(seconds - _QUIET_END_S, 0.0)
@@ -96,6 +114,8 @@ def draw(
     for number, at_s in enumerate(_spread(random, end_s, BROKER_EVERY_S)):
         actions.append(Action(at_s, ("broker_stop", "broker_kill")[number % 2]))
     actions += _faults(random, end_s, faults, someone)
+    if controllers:
+        actions += _refreshes(np.random.default_rng([seed, len(controllers)]), end_s, timeouts, controllers)
     return sorted(actions, key=lambda action: action.at_s)
 
 
@@ -114,6 +134,28 @@ def _visits(random: np.random.Generator, end_s: float, member: str) -> Iterator[
         at_s = number * stretch + float(random.uniform(0.0, 0.25)) * stretch
         yield Action(round(at_s, 2), "join", member)
         yield Action(round(at_s + float(random.uniform(*_STAY)) * stretch, 2), "leave", member)
+
+
+def _refreshes(
+    random: np.random.Generator, end_s: float, timeouts: Timeouts, controllers: Sequence[str]
+) -> Iterator[Action]:
+    """Who asks for them, and what happens to those who work on them."""
+
+    def someone() -> str:
+        return controllers[int(random.integers(len(controllers)))]
+
+    for at_s in _spread(random, end_s, REFRESH_EVERY_S):
+        yield Action(at_s, "refresh")
+    for at_s in _spread(random, end_s, PROMOTE_EVERY_S):
+        yield Action(at_s, "promote")
+    for at_s in _spread(random, end_s, CONTROLLER_KILL_EVERY_S):
+        yield Action(at_s, "controller_kill", someone())
+    for at_s in _spread(random, end_s, CONTROLLER_STOP_EVERY_S):
+        # Long enough for another one to lead: who is woken up must find that out.
+        length_s = float(random.uniform(1.2, 1.5)) * timeouts.session_s
+        yield Action(at_s, "controller_stop", someone(), round(length_s, 2))
+    for at_s in _spread(random, end_s, TRAINER_KILL_EVERY_S):
+        yield Action(at_s, "trainer_kill", "", round(float(random.uniform(*_TRAINED_S)), 2))
 
 
 def _present(visits: list[Action], at_s: float) -> bool:

@@ -78,6 +78,9 @@ SINGLE_NODE: Mapping[str, str] = {
     "log.cleaner.dedupe.buffer.size": "8388608",
 }
 
+#: Of a node that joins another one's cluster.
+_NO_CONTROLLER = {"process.roles": "broker"}
+
 #: Comma-separated settings: what the caller gives is added to ours instead of taking its place.
 _ADDED = ("listeners", "advertised.listeners", "listener.security.protocol.map")
 
@@ -256,6 +259,9 @@ def free_ports(count: int, first: int | None = None) -> list[int]:
 class EmbeddedKafka:
     """One Apache Kafka node on this machine, as a context manager or by `start()` and `stop()`.
 
+    One is a whole cluster. Others may join it (`joins`), as brokers without a controller: then topics can have replicas,
+    and a broker that is restarted leaves leaders behind.
+
     Args:
         data_dir: where its data live. Given: kept at `stop()`, and a folder of an earlier run goes on with its topics
             and offsets. None: a temporary folder, deleted at `stop()`.
@@ -267,6 +273,8 @@ class EmbeddedKafka:
         version: of Apache Kafka to fetch.
         heap_mb: upper limit of the Java heap, MiB.
         startup_timeout_s: how long the broker may take until it answers.
+        joins: the node whose cluster this one becomes a broker of; it must have been started.
+        node_id: of this node; another one for each of a cluster.
 
     One thread at a time may call its methods. A forked child may use the broker, but not stop it.
     """
@@ -281,7 +289,12 @@ class EmbeddedKafka:
         version: str = KAFKA_VERSION,
         heap_mb: int = 768,
         startup_timeout_s: float = 60.0,
+        joins: EmbeddedKafka | None = None,
+        node_id: int = 1,
     ) -> None:
+        self._joins = joins
+        self._node_id = node_id
+        self._controller_port: int | None = None  # the same for the life of this object: others look for it there
         self._wanted_data_dir = data_dir
         self._port = port
         self._properties = dict(properties or {})
@@ -308,6 +321,13 @@ class EmbeddedKafka:
         if self._port is None:
             raise RuntimeError("the embedded Kafka was not started")
         return f"{HOST}:{self._port}"
+
+    @property
+    def controller_port(self) -> int:
+        """Where the cluster's controller listens; RuntimeError before the first start."""
+        if self._controller_port is None:
+            raise RuntimeError("the embedded Kafka was not started")
+        return self._controller_port
 
     @property
     def version(self) -> str:
@@ -382,11 +402,13 @@ class EmbeddedKafka:
         folder = self.data_dir
         cluster_id = _cluster_id(folder)
         for attempt in range(1, _PORT_ATTEMPTS + 1):
-            broker_port, controller_port = free_ports(2, self._port)
+            broker_port, free_port = free_ports(2, self._port)
+            controller_port = self._joins.controller_port if self._joins else self._controller_port or free_port
+            extra = {**self._properties, "node.id": str(self._node_id), **(_NO_CONTROLLER if self._joins else {})}
             config = folder / "server.properties"
-            config.write_text(_render(node_properties(broker_port, controller_port, folder / "logs", self._properties)))
+            config.write_text(_render(node_properties(broker_port, controller_port, folder / "logs", extra)))
             if cluster_id is None:
-                cluster_id = _format(java, folder, config)
+                cluster_id = _format(java, folder, config, self._joins and _cluster_id(self._joins.data_dir))
             log = folder / "broker.log"
             self._log_start = log.stat().st_size if log.exists() else 0
             self._process = _Process(java.command("kafka.Kafka", str(config)), log)
@@ -398,7 +420,7 @@ class EmbeddedKafka:
                 if not raced or self._port is not None or attempt == _PORT_ATTEMPTS:
                     raise
             else:
-                self._port = broker_port
+                self._port, self._controller_port = broker_port, controller_port
                 return
 
     def _wait_until_answering(self, bootstrap_servers: str, cluster_id: str) -> None:
@@ -428,10 +450,11 @@ def node_properties(
 ) -> dict[str, str]:
     """All of `server.properties`: `SINGLE_NODE`, our listeners, and `extra` on top (see `EmbeddedKafka`)."""
     extra = dict(extra or {})
+    roles = extra.get("process.roles", SINGLE_NODE["process.roles"])
     added = {key: extra.pop(key) for key in _ADDED if extra.get(key)}
     client, controller = f"PLAINTEXT://{HOST}:{broker_port}", f"CONTROLLER://{HOST}:{controller_port}"
     ours = {
-        "listeners": f"{client},{controller}",
+        "listeners": client if "controller" not in roles else f"{client},{controller}",
         "advertised.listeners": client,
         "listener.security.protocol.map": (
             "PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT,SSL:SSL,SASL_PLAINTEXT:SASL_PLAINTEXT,SASL_SSL:SASL_SSL"
@@ -494,11 +517,12 @@ def _cluster_id(folder: Path) -> str | None:
     return found[1] if found else None
 
 
-def _format(java: _Java, folder: Path, config: Path) -> str:
-    """What `kafka-storage.sh format` does; the new cluster's id."""
+def _format(java: _Java, folder: Path, config: Path, joined: str | None) -> str:
+    """What `kafka-storage.sh format` does; the cluster's id, which is a new one if none is joined."""
     # Kafka's command line takes an id that starts with a dash for an option.
-    cluster_id = "A" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode()[1:22]
-    arguments = ("format", "--standalone", "--ignore-formatted", "-t", cluster_id, "-c", str(config))
+    cluster_id = joined or "A" + base64.urlsafe_b64encode(uuid.uuid4().bytes).decode()[1:22]
+    alone = () if joined else ("--standalone",)
+    arguments = ("format", *alone, "--ignore-formatted", "-t", cluster_id, "-c", str(config))
     # The quick compiler: this Java lives for a second.
     command = java.command("kafka.tools.StorageTool", *arguments, options=("-XX:TieredStopAtLevel=1",))
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 from confluent_kafka import KafkaError, KafkaException, Message, TopicPartition
@@ -19,6 +20,21 @@ from stream_adapt.kafka.permissions import denied
 _CALL_TIMEOUT_S = 15.0
 #: Records of one fetch from the client.
 _CHUNK = 5_000
+_BETWEEN_TRIES_S = 0.1
+#: After a topic was made, and when a broker comes or goes, there is for a moment nobody who may answer.
+_MOVING = frozenset(
+    {
+        KafkaError.NOT_LEADER_FOR_PARTITION,
+        KafkaError.LEADER_NOT_AVAILABLE,
+        KafkaError.FENCED_LEADER_EPOCH,
+        KafkaError.UNKNOWN_LEADER_EPOCH,
+        KafkaError.OFFSET_NOT_AVAILABLE,
+        KafkaError.COORDINATOR_LOAD_IN_PROGRESS,
+        KafkaError.COORDINATOR_NOT_AVAILABLE,
+        KafkaError.NOT_COORDINATOR,
+        KafkaError._TRANSPORT,
+    }
+)
 #: Nothing at all for so long, and no end either: nobody answers.
 _STALL_S = 60.0
 
@@ -79,32 +95,22 @@ class TopicReader:
         """First offset, and last offset + 1, of partitions."""
         ends = {}
         for partition in partitions:
-            try:
-                low, high = self._consumer.get_watermark_offsets(
-                    TopicPartition(self.topic, partition), timeout=_CALL_TIMEOUT_S
-                )
-            except KafkaException as error:
-                raise self._refused("its ends", error) from error
+            tp = TopicPartition(self.topic, partition)
+            low, high = self._asked("its ends", partial(self._consumer.get_watermark_offsets, tp))
             ends[partition] = (low, high)
         return ends
 
     def since(self, partitions: Collection[int], time_ms: int) -> dict[int, int]:
         """First offsets of records that were written at a time or later; the end where there are none."""
         asked = [TopicPartition(self.topic, partition, time_ms) for partition in partitions]
-        try:
-            found = self._consumer.offsets_for_times(asked, timeout=_CALL_TIMEOUT_S)
-        except KafkaException as error:
-            raise self._refused("offsets by time", error) from error
+        found = self._asked("offsets by time", partial(self._consumer.offsets_for_times, asked))
         ends = self.ends(partitions)
         return {tp.partition: tp.offset if tp.offset >= 0 else ends[tp.partition][1] for tp in found}
 
     def committed(self, partitions: Collection[int]) -> dict[int, TopicPartition]:
         """What the group has committed, where it has; waits for transactions that are still pending."""
         asked = [TopicPartition(self.topic, partition) for partition in partitions]
-        try:
-            found = self._consumer.committed(asked, timeout=_CALL_TIMEOUT_S)
-        except KafkaException as error:
-            raise self._refused("committed offsets", error) from error
+        found = self._asked("committed offsets", partial(self._consumer.committed, asked))
         return {tp.partition: tp for tp in found if tp.offset >= 0}
 
     def group_metadata(self) -> object:
@@ -144,6 +150,24 @@ class TopicReader:
     def assign(self, starts: Mapping[int, int]) -> None:
         """Reads from these offsets on, without an end."""
         self._consumer.assign([TopicPartition(self.topic, p, start) for p, start in starts.items()])
+
+    def _asked(self, what: str, call: Callable[..., Any]) -> Any:
+        """The answer, for each partition if it is about several; while leaders and coordinators move, again."""
+        deadline = time.monotonic() + _CALL_TIMEOUT_S
+        while True:
+            left_s = max(deadline - time.monotonic(), _BETWEEN_TRIES_S)
+            try:
+                answer = call(timeout=left_s)
+                for one in answer:
+                    if isinstance(one, TopicPartition) and one.error is not None:
+                        raise KafkaException(one.error)
+            except KafkaException as error:
+                found = kafka_error(error)
+                if found is None or found.code() not in _MOVING or left_s <= _BETWEEN_TRIES_S:
+                    raise self._refused(what, error) from error
+                time.sleep(_BETWEEN_TRIES_S)
+            else:
+                return answer
 
     def _refused(self, what: str, error: KafkaException) -> KafkaRefused:
         found = kafka_error(error)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import json
+import signal
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
+from contextlib import ExitStack, closing
 from itertools import chain, cycle, islice
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -20,7 +22,9 @@ from refresh_stream import DRIFT_AT, PRETRAINED, SPEC, stream, write_champion
 
 from stream_adapt import config as configuration
 from stream_adapt.announcements import Announcement, announce
+from stream_adapt.chaos.oracle import compare_versions, stretches
 from stream_adapt.config import Config
+from stream_adapt.kafka.embedded import EmbeddedKafka
 from stream_adapt.kafka.topics import create_topics
 from stream_adapt.models import Registry, write_model
 from stream_adapt.record import UserEvent
@@ -31,7 +35,7 @@ from stream_adapt.refresh.states import RESTING, State
 from stream_adapt.refresh.training import Job
 from stream_adapt.refresh.worker import Worker
 from stream_adapt.service import topic_specs
-from stream_adapt.testing.broker import RunningBroker, read_all
+from stream_adapt.testing.broker import IMPATIENT, RunningBroker, read_all
 
 pytestmark = [pytest.mark.broker, pytest.mark.timeout(1_200)]
 
@@ -137,6 +141,92 @@ def test_a_controller_that_is_killed_in_every_state_is_followed_by_one_that_goes
     assert (State.STABLE, "promoted") == (end.state, end.last.outcome), end.last
     assert not left
     assert 0 == stage.app.stop(member)
+
+
+#: Every state in which something is under way.
+BUSY = (State.COOLING, State.TRAINING, State.SHADOW, State.PROMOTED, State.WATCHING)
+
+
+def _harmed_in_every_state(stage: Stage, harm: Callable[[State], object]) -> RefreshState:
+    """Does harm once in each state of a refresh that an alarm began; how that one ended. Then another one works."""
+    left = set(BUSY)
+
+    def harmed_or_ended(state: RefreshState) -> bool:
+        if state.state in left:
+            left.remove(state.state)
+            harm(state.state)
+        return state.last is not None and state.state in RESTING
+
+    # `promoted` lasts only until a member has scored something with the new version.
+    end = stage.until(harmed_or_ended, each=20, pause_s=0.05)
+    assert not left, end
+    request = ask(stage.config, "and another one").id
+    again = stage.until(lambda s: s.request == request and s.state in RESTING and s.last != end.last)
+    assert again.last is not None
+    assert again.last.trigger is not None
+    assert "asked" == again.last.trigger.kind
+    return end
+
+
+def _started(stage: Stage) -> Any:
+    """A member that has scored the world before the drift."""
+    member = stage.app.start(config=stage.path)
+    stage.feed(DRIFT_AT - PRETRAINED)
+    stage.app.wait_for_outputs(DRIFT_AT - PRETRAINED, TIMEOUT_S)
+    return member
+
+
+def _every_event_once(stage: Stage) -> None:
+    """All that was fed has one score, and no partition went back to a version that it had left."""
+    address = stage.app.broker.bootstrap_servers
+    fed = sum(1 for _ in read_all(address, stage.config.topic("events")))
+    stage.app.wait_for_outputs(fed, TIMEOUT_S)
+    scores = read_all(address, stage.config.topic("scores"))
+    places = [(s["source_partition"], s["source_offset"]) for s in map(json.loads, (m.value() for m in scores))]
+    assert fed == len(places) == len(set(places))
+    models = [m.key().decode() for m in read_all(address, stage.config.topic("models"))]
+    assert [] == compare_versions(stretches(scores), [stage.champion, *models])
+
+
+@pytest.mark.slow
+def test_a_member_that_is_killed_in_every_state_leaves_a_refresh_that_goes_on(stage: Stage) -> None:
+    """Its controller and its training die with it."""
+    _started(stage)
+
+    def kill(_state: State) -> None:
+        (member,) = stage.app.members
+        assert -signal.SIGKILL == stage.app.stop(member, signal.SIGKILL)
+        stage.app.start(config=stage.path)
+
+    end = _harmed_in_every_state(stage, kill)
+    assert end.last is not None
+    assert "promoted" == end.last.outcome, end.last
+    _every_event_once(stage)
+
+
+@pytest.mark.slow
+def test_a_broker_that_goes_away_in_every_state_leaves_a_refresh_that_goes_on(tmp_path: Path) -> None:
+    """By SIGTERM and by SIGKILL, in turn."""
+    with EmbeddedKafka(tmp_path / "kafka", properties=IMPATIENT) as kafka, ExitStack() as stack:
+        app = App("refreshed", RunningBroker(kafka.bootstrap_servers, "embedded"), tmp_path / "app", 2)
+        app.folder.mkdir()
+        stack.callback(app.end)
+        stage = stack.enter_context(closing(Stage(app)))
+        member = _started(stage)
+
+        def harm(state: State) -> None:
+            if BUSY.index(state) % 2:
+                kafka.kill()
+                kafka.start()
+            else:
+                kafka.restart()
+
+        end = _harmed_in_every_state(stage, harm)
+        assert end.last is not None
+        assert "promoted" == end.last.outcome, end.last
+        assert member.poll() is None
+        _every_event_once(stage)
+        assert "Traceback" not in app.log()
 
 
 class Hands:

@@ -16,11 +16,14 @@ from stream_adapt.chaos.oracle import (
     CalmRun,
     Input,
     Output,
+    Stretch,
     calm_run,
     compare_controls,
     compare_load,
     compare_outputs,
     compare_rows,
+    compare_versions,
+    stretches,
 )
 from stream_adapt.config import Config
 from stream_adapt.models import LearnerSpec, Model, read_model
@@ -173,3 +176,95 @@ def test_a_control_row_must_stand_where_the_group_stands() -> None:
     assert ["control row of partition 2: next offset None, the group committed 1"] == compare_controls(
         rows, {0: 7, 1: 8, 2: 1}
     )
+
+
+def test_a_calm_run_goes_over_to_another_model_where_the_scores_say_so(
+    model: Model, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    features, feedback = load.declared(SEED)
+    items, columns = load.examples(SEED)
+    folder = tmp_path_factory.mktemp("others")
+    other = read_model(random_model(folder, LearnerSpec(features, feedback), items, columns, seed=1))
+    at = sorted(one.place for one in INPUTS if one.reason is None and one.place[0] == 0)[100][1]
+    parts = [Stretch(model.version, 0, at - 1), Stretch(other.version, at, 10_000)]
+
+    def run(versions: dict[int, list[Stretch]]) -> CalmRun:
+        pipeline = service.build_pipeline(Config(), model, TopicNames.of("app"))
+        return calm_run(pipeline, INPUTS, versions, {model.version: model, other.version: other})
+
+    swapped, stayed = run({0: parts}), run({})
+    said = {place: msgspec.json.decode(value)["model_version"] for place, value in swapped.scores.items()}
+    assert {place: other.version if place >= (0, at) and place[0] == 0 else model.version for place in said} == said
+    assert {key: row for key, row in stayed.rows.items() if key[0] == 1} == {
+        key: row for key, row in swapped.rows.items() if key[0] == 1
+    }
+    assert stayed.rows != swapped.rows
+    alone = calm_run(
+        service.build_pipeline(Config(), model, TopicNames.of("app")), [i for i in INPUTS if i.place < (0, at)]
+    )
+    assert {place: _said(value) for place, value in alone.scores.items()} == {
+        place: _said(value) for place, value in swapped.scores.items() if place in alone.scores
+    }
+
+
+def _said(score: bytes) -> dict[str, object]:
+    """All of it but when."""
+    return {**msgspec.json.decode(score), "scored_at": 0}
+
+
+class _Message:
+    """A score as it is read back."""
+
+    def __init__(self, partition: int, offset: int, version: str) -> None:
+        self._score = {
+            "event_id": "e", "user_id": "u", "item_id": "i", "score": 0.5, "frozen_score": 0.5, "updated_score": 0.5,
+            "level": None, "target": None, "uncertainty": 0.1, "model_version": version, "adaptations": 1, "flags": [],
+            "event_timestamp": 1, "scored_at": 1, "source_topic": "t", "source_partition": partition,
+            "source_offset": offset,
+        }  # fmt: skip
+
+    def value(self) -> bytes:
+        return msgspec.json.encode(self._score)
+
+
+def test_scores_tell_where_each_partition_went_over() -> None:
+    found = [_Message(0, 3, "b"), _Message(0, 1, "a"), _Message(0, 0, "a"), _Message(1, 7, "b"), _Message(0, 9, "a")]
+    assert {
+        0: [Stretch("a", 0, 1), Stretch("b", 3, 3), Stretch("a", 9, 9)],
+        1: [Stretch("b", 7, 7)],
+    } == stretches(found)  # type: ignore[arg-type]
+
+
+def _parts(*versions: str) -> dict[int, list[Stretch]]:
+    return {4: [Stretch(version, n, n) for n, version in enumerate(versions)]}
+
+
+@pytest.mark.parametrize("versions", ["a", "ab", "aba", "ac", "abac", "c", "bac"])
+def test_partitions_that_follow_the_announcements_and_leave_some_out_are_fine(versions: str) -> None:
+    assert [] == compare_versions(_parts(*versions), list("abac"))
+
+
+@pytest.mark.parametrize(
+    ("versions", "told"),
+    [
+        ("abab", "b from offset 3 on, after a"),
+        ("ca", "a from offset 1 on, after c"),
+        ("x", "x from offset 0 on, after nothing"),
+    ],
+)
+def test_a_partition_that_goes_back_and_a_version_that_nobody_announced_are_named(versions: str, told: str) -> None:
+    assert [f"partition 4: {told}"] == compare_versions(_parts(*versions), list("abac"))
+
+
+@pytest.mark.parametrize(
+    ("version", "since", "fine"),
+    [
+        ("b", 11, True), ("b", 12, True), ("b", 15, True), ("b", 10, False), ("b", 16, False),
+        ("c", 31, True), ("c", 40, True), ("c", 30, False), ("c", 41, False),
+    ],
+)  # fmt: skip
+def test_a_control_row_names_the_model_and_where_it_took_over(version: str, since: int, fine: bool) -> None:
+    told = {"partition": 0, "next_offset": 40, "model_version": version, "model_since": since}
+    rows = {(0, CONTROL_KEY): bytes(8) + msgspec.msgpack.encode(told) + bytes(4)}
+    wrong = compare_controls(rows, {0: 40}, {0: [Stretch("a", 0, 10), Stretch("b", 15, 30)]})
+    assert fine is (wrong == []), wrong

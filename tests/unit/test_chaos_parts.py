@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import math
 import signal
+import subprocess
+import sys
+import time
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from stream_adapt.chaos import load
+from stream_adapt.chaos import load, refreshing
 from stream_adapt.chaos.load import ID_HEADER, REASON_HEADER, Record, records
-from stream_adapt.chaos.members import Troubles, judge, tracebacks
+from stream_adapt.chaos.members import Member, Team, Troubles, judge, tracebacks
+from stream_adapt.chaos.refreshing import Operator, Reaper, trainings_of
 from stream_adapt.chaos.watch import Sample, percentile, takeovers_s
+from stream_adapt.config import Config
 from stream_adapt.decode import REASONS, Decoder
+from stream_adapt.errors import KafkaRefused
 from stream_adapt.record import RawBatch
 
 SEED = 5
@@ -113,3 +119,70 @@ def test_tracebacks_are_found_with_what_they_say(tmp_path: Path) -> None:
     assert ["m0.log:2: traceback, ValueError: no"] == tracebacks(log)
     log.write_text("fine\n")
     assert [] == tracebacks(log)
+
+
+#: A controller as far as its child goes: one that looks like a training.
+_CONTROLLER = """
+import subprocess, sys
+child = subprocess.Popen([sys.executable, "-c", "input()", "stream_adapt.refresh.training"], stdin=subprocess.PIPE)
+print(child.pid, flush=True)
+child.wait()
+print(child.returncode, flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="children are found by /proc")
+def test_the_training_of_a_controller_is_killed_when_its_time_has_come(tmp_path: Path) -> None:
+    team = Team(tmp_path, {}, (1.0, 1.0))
+    with subprocess.Popen([sys.executable, "-c", _CONTROLLER], stdout=subprocess.PIPE, text=True) as controller:
+        assert controller.stdout is not None
+        training = int(controller.stdout.readline())
+        team.members["c0"] = Member("c0", (), tmp_path, tmp_path, controller, 0.0)  # type: ignore[arg-type]
+        deadline = time.monotonic() + 30
+        while trainings_of(controller.pid) != [training]:
+            assert time.monotonic() < deadline
+        reaper = Reaper(team)
+        reaper.tend()
+        reaper.kill_training(60.0)
+        reaper.tend()
+        assert [training] == trainings_of(controller.pid)
+        assert 0 == reaper.trainings
+        reaper = Reaper(team)
+        reaper.kill_training(0.0)
+        reaper.tend()
+        assert (1, "-9") == (reaper.trainings, controller.stdout.readline().strip())
+        reaper.tend()
+        assert 1 == reaper.trainings
+
+
+def test_a_controller_is_killed_when_it_is_old_enough(tmp_path: Path) -> None:
+    team = Team(tmp_path, {}, (1.0, 1.0))
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as controller:
+        now = time.monotonic()
+        team.members["c0"] = Member("c0", (), tmp_path, tmp_path, controller, now)
+        reaper = Reaper(team)
+        reaper.kill_controller("c0")
+        reaper.tend()
+        assert (0, None) == (reaper.controllers, controller.poll())
+        team.members["c0"].started_at = now - 60.0
+        reaper.tend()
+        assert (1, -signal.SIGKILL) == (reaper.controllers, controller.wait(30))
+        assert 0.0 == team.age_s("c0")
+
+
+def test_the_operator_counts_what_it_did_and_keeps_what_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = iter([None, KafkaRefused("the broker is away"), ValueError("a bug")])
+
+    def asked(_config: Config, _detail: str) -> None:
+        answer = next(answers)
+        if answer is not None:
+            raise answer
+
+    monkeypatch.setattr(refreshing, "ask", asked)
+    operator = Operator(Config(), "v", "w")
+    for _ in range(3):
+        operator.do("refresh")
+    operator.close()
+    assert ["refresh"] == operator.done
+    assert ["refresh: the broker is away"] == operator.refused
+    assert isinstance(operator.error, ValueError)

@@ -64,3 +64,20 @@ def test_a_short_run_has_a_kill_a_stop_and_a_restart_too(seconds: float) -> None
 
 def test_every_fault_that_can_be_drawn_can_be_made() -> None:
     assert {fault.name for fault in FAULTS} == set(_faults("client"))
+
+
+def test_refreshes_come_on_top_of_what_happens_to_members() -> None:
+    with_them = draw(7, EIGHT_MINUTES_S, 3, TIMEOUTS, FAULTS, ["c0", "c1"])
+    theirs = {"refresh", "promote", "controller_kill", "controller_stop", "trainer_kill"}
+    assert _drawn(7) == [action for action in with_them if action.kind not in theirs]
+    counts = Counter(action.kind for action in with_them)
+    assert counts["refresh"] >= 2 * counts["promote"] >= 20
+    assert min(counts["controller_kill"], counts["controller_stop"], counts["trainer_kill"]) >= 5
+    hit = {action.member for action in with_them if action.kind in ("controller_kill", "controller_stop")}
+    assert {"c0", "c1"} == hit
+    assert all(a.for_s > TIMEOUTS.session_s for a in with_them if a.kind == "controller_stop")
+
+
+def test_a_short_run_with_refreshes_has_one_of_each() -> None:
+    kinds_drawn = {action.kind for action in draw(3, 25.0, 3, TIMEOUTS, FAULTS, ["c0"])}
+    assert {"refresh", "promote", "controller_kill", "controller_stop", "trainer_kill"} <= kinds_drawn
