@@ -10,6 +10,7 @@ The path of a record, in reading order:
     pipeline   the three above, in order
     commit     outputs and offsets in one transaction, and what every error means
     runner     poll → pipeline → commit, until told to stop
+    ahead      the next batch, decoded while one is committed
     restore    a shard's rows come back from the changelog, and are checked
     service    a member put together from its configuration
 

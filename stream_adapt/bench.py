@@ -34,7 +34,7 @@ from typing import Any, Literal, get_args
 
 import msgspec
 import numpy as np
-from confluent_kafka import TopicPartition
+from confluent_kafka import Producer, TopicPartition
 
 from stream_adapt import service
 from stream_adapt.adapt import Adapter
@@ -240,8 +240,15 @@ def _fill(config: Config, parameters: EndToEnd) -> None:
     for number, event in enumerate(_events(parameters.events, parameters.users)):
         producer.produce(config.topic("events"), msgspec.json.encode(event), event.user_id)
         if number % 10_000 == 0:
-            producer.poll(0.2)
+            _make_room(producer)
     producer.flush()
+
+
+def _make_room(producer: Producer) -> None:
+    """Waits until the client's queue, which takes 100,000 records, is half empty."""
+    producer.poll(0)
+    while len(producer) > 50_000:
+        producer.poll(0.1)
 
 
 def _one_loop(config: Config, events: int) -> Stopwatch:
@@ -456,9 +463,7 @@ def _fill_changelog(config: Config, parameters: Restore) -> int:
             slab = np.frombuffer(random.bytes(len(numbers) * layout.row_bytes), layout.dtype)
             for user, value in zip(numbers, layout.to_values(slab, np.arange(len(numbers))), strict=True):
                 producer.produce(topic, value, b"u:user-%d" % user, user % parameters.partitions)
-            producer.poll(0.2)
-            while len(producer) > 50_000:
-                producer.poll(0.1)
+            _make_room(producer)
         assert producer.flush(60) == 0, f"version {version} was not written"
     return layout.row_bytes
 

@@ -16,6 +16,7 @@ from types import MappingProxyType
 import numpy as np
 
 from stream_adapt.adapt import Adapter, Slow
+from stream_adapt.ahead import Decoded
 from stream_adapt.decode import Decoder, dead_letter
 from stream_adapt.emit import Emitter
 from stream_adapt.learning import Summary, summarize
@@ -44,17 +45,23 @@ class Pipeline:
         """
         self.decoder.prepare(raw)
 
-    def __call__(self, raw: RawBatch, undeliverable: Mapping[Source, int] = MappingProxyType({})) -> Work:
+    def __call__(
+        self,
+        raw: RawBatch,
+        undeliverable: Mapping[Source, int] = MappingProxyType({}),
+        decoded: Decoded | None = None,
+    ) -> Work:
         """Everything that n records lead to. The rows are changed; `adapter.commit` or `.abort` decides.
 
         Args:
             raw: records in consumption order.
             undeliverable: sources whose output the broker refused for good, and how many times so far: their
                 records become dead letters, and dead letters that were refused go without payload.
+            decoded: what the records were decoded to, if they were.
         """
         started = time.perf_counter()
-        batch, dead = self.decoder(raw, undeliverable)
-        decoded = time.perf_counter()
+        batch, dead = (decoded.batch, decoded.dead) if decoded else self.decoder(raw, undeliverable)
+        read = time.perf_counter()
         adapted = self.adapter.adapt(batch)
         self.adapter.passed(raw.partitions, raw.offsets)
         if self._late_is_dead and np.any(adapted.flags & Flag.LATE):
@@ -67,8 +74,8 @@ class Pipeline:
         if dead:
             outputs.append(self.emitter.dead_letters(dead, _too_large_themselves(dead, undeliverable)))
         ended = time.perf_counter()
-        self.timer("decode", decoded - started)
-        self.timer("adapt", learned - decoded)
+        self.timer("decode", read - started)
+        self.timer("adapt", learned - read)
         self.timer("emit", ended - learned)
         return Work(outputs, batch, adapted, dead, ended - started)
 

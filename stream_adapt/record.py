@@ -150,6 +150,23 @@ class RawBatch:
     def __len__(self) -> int:
         return len(self.values)
 
+    @classmethod
+    def empty(cls) -> RawBatch:
+        """No records."""
+        return cls([], [], np.zeros(0, np.int32), np.zeros(0, np.int64))
+
+    def followed_by(self, more: RawBatch) -> RawBatch:
+        """These records, then those."""
+        if not len(self) or not len(more):
+            return self if len(self) else more
+        return RawBatch(
+            [*self.keys, *more.keys],
+            [*self.values, *more.values],
+            np.concatenate([self.partitions, more.partitions]),
+            np.concatenate([self.offsets, more.offsets]),
+            [*self.messages, *more.messages],
+        )
+
     def headers(self, i: int) -> Headers:
         """Headers of record i; looked at for the few records that are refused."""
         return (self.messages[i].headers() or ()) if self.messages else ()
@@ -170,7 +187,8 @@ class RawBatch:
     @property
     def next_offsets(self) -> dict[int, int]:
         """By partition: the last offset of the batch + 1."""
-        return dict(zip(self.partitions.tolist(), (self.offsets + 1).tolist(), strict=True))
+        ends = np.flatnonzero(np.diff(self.partitions, append=-1))  # of runs of records of one partition
+        return dict(zip(self.partitions[ends].tolist(), (self.offsets[ends] + 1).tolist(), strict=True))
 
 
 @dataclass(frozen=True, slots=True)

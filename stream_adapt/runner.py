@@ -19,7 +19,9 @@ The way of a shard, the rows of one partition:
     | live      | a turn                             | its records, in the batch: scores, rows and offsets | live      |
     | any       | revoked or lost (in a poll)        | drop its rows, cancel its restore                   | –         |
 
-Rebalances happen in polls alone, and nothing is in flight there.
+Rebalances happen in polls alone, and nothing is in flight there. Where there is more than a batch holds, the next one
+is polled before this one is handled (`ahead.py`); if partitions are taken away in a poll, what is held is let go and
+read again.
 
 Another model is served from the start of a turn on. A shard's control row names the model that its rows are of; where
 that is another one than the one served, the shard's next transaction — an empty one, if need be — does to its rows what
@@ -38,6 +40,7 @@ import msgspec
 import structlog
 
 from stream_adapt.adapt import Slow
+from stream_adapt.ahead import Ahead, Decoded
 from stream_adapt.breaker import Breaker
 from stream_adapt.commit import Delivery, Outcome
 from stream_adapt.errors import RegistryUnreachable
@@ -189,6 +192,8 @@ class Runner:
         self._clock = clock
         self._sleep = sleep
         self._pause_s = _FIRST_PAUSE_S
+        self._ahead = Ahead(pipeline.decoder, CHUNK)
+        self._taken_away = False  # partitions, since the batch was begun to be gathered
         self._changed: list[Outputs] = []  # by the batch: the changelog's records
         self._computing_s = 0.0  # of the batch's commit, spent on making what is committed
 
@@ -206,14 +211,12 @@ class Runner:
     def turn(self) -> None:
         """One batch: poll, process, commit or put back."""
         self._follow()
-        started = time.perf_counter()
         limit = self._quarantine.limit(self._pace.max_batch, self._consumer.positions.next_offsets)
-        raw = self._consumer.poll(limit, self._patience_s())
-        self._observer.stage("poll", time.perf_counter() - started)
+        raw, decoded = self._gather(limit)
         self._observer.polled(len(raw))
         starts = self._starts()
         if len(raw) or starts:
-            self._process(raw, starts)
+            self._process(raw, starts, decoded)
         else:
             self._delivery.idle()
         if self._restorer.unfinished:
@@ -232,6 +235,7 @@ class Runner:
         """The rows of these shards belong to another member now."""
         self._restorer.cancel(partitions)
         self._pipeline.adapter.drop(partitions)
+        self._taken_away = True
         for partition in partitions:
             for held in (self.shards, self._going_over, self._waiting):
                 held.pop(partition, None)
@@ -298,7 +302,28 @@ class Runner:
             p: positions.next_offsets[p] for p in (*positions.uncommitted_start, *self._going_over) if p in self.shards
         }
 
-    def _process(self, raw: RawBatch, starts: Mapping[int, int]) -> None:
+    def _gather(self, limit: int) -> tuple[RawBatch, list[Decoded]]:
+        """The next batch, and how far it is decoded. If there is more than fits, the batch after it is held."""
+        started = time.perf_counter()
+        raw, decoded = self._ahead.take()
+        taken = time.perf_counter()
+        holding, self._taken_away = len(raw) > 0, False
+        if holding:
+            self._observer.stage("decode", taken - started)
+        more = self._consumer.poll(limit - len(raw), 0.0 if holding else self._patience_s(), raw.next_offsets)
+        raw = raw.followed_by(more)
+        if len(raw) == limit == self._pace.max_batch and not self._restorer.unfinished:
+            holding = True
+            self._ahead.hold(self._consumer.poll(limit, 0.0, raw.next_offsets))
+        self._observer.stage("poll", time.perf_counter() - taken)
+        if holding and self._taken_away:
+            # Some of it may belong to another member now: all of it is read again.
+            self._ahead.drop()
+            self._consumer.rewind()
+            return RawBatch.empty(), []
+        return raw, decoded
+
+    def _process(self, raw: RawBatch, starts: Mapping[int, int], decoded: list[Decoded]) -> None:
         try:
             self._pipeline.prepare(raw)
         except RegistryUnreachable as error:
@@ -310,7 +335,7 @@ class Runner:
         done: list[Work] = []
         started, self._computing_s = time.perf_counter(), 0.0
         try:
-            outcome = self._delivery.commit(self._outputs(raw, done, controls), next_offsets)
+            outcome = self._delivery.commit(self._outputs(raw, decoded, done, controls), next_offsets)
         except BaseException:
             self._pipeline.adapter.abort()
             raise
@@ -320,14 +345,23 @@ class Runner:
         else:
             self._keep(raw, done, controls, outcome)
 
-    def _outputs(self, raw: RawBatch, done: list[Work], controls: list[ControlRow]) -> Iterator[Outputs]:
-        """What the batch leads to, computed chunk by chunk as it is asked for; then changed rows and summaries."""
-        ends = {row.partition: row.next_offset for row in controls}
+    def _outputs(
+        self, raw: RawBatch, decoded: list[Decoded], done: list[Work], controls: list[ControlRow]
+    ) -> Iterator[Outputs]:
+        """What the batch leads to, computed chunk by chunk as it is asked for; then changed rows and summaries.
+
+        Once all is sent, what is held is decoded: the commit that follows is waited for anyway.
+        """
+        undeliverable = self._delivery.undeliverable
+        ends = {row.partition: row.next_offset for row in controls} | self._ahead.next_offsets
         started = time.perf_counter()
         self._pipeline.adapter.restart_items([p for p, mode in self._going_over.items() if mode == "restart_items"])
         self._computing_s += time.perf_counter() - started
+        rest = iter(decoded)
         for chunk in self._quarantine.chunks(raw, ends, CHUNK):
-            work = self._pipeline(chunk, self._delivery.undeliverable)
+            known = next(rest, None)
+            # A chunk that was not full when it was decoded is full now.
+            work = self._pipeline(chunk, undeliverable, known if known and known.records == len(chunk) else None)
             done.append(work)
             self._computing_s += work.seconds
             yield from work.outputs
@@ -336,6 +370,8 @@ class Runner:
         last = [*self._changed, *self._pipeline.learned(done)]
         self._computing_s += time.perf_counter() - started
         yield from last
+        if not undeliverable:
+            self._ahead.begin()
 
     def _keep(self, raw: RawBatch, done: list[Work], controls: list[ControlRow], outcome: Outcome) -> None:
         self._pipeline.adapter.commit()
@@ -359,6 +395,7 @@ class Runner:
 
     def _read_again(self) -> None:
         """The same records come with the next poll, after a pause that grows."""
+        self._ahead.drop()
         self._consumer.rewind()
         self._sleep(self._pause_s)
         self._pause_s = min(2 * self._pause_s, _LONGEST_PAUSE_S)

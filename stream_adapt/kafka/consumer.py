@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from functools import partial
+from types import MappingProxyType
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -43,6 +44,10 @@ _REFUSED = {
         "set the group's offsets by hand to where to go on"
     ),
 }
+
+
+#: No record waits for its transaction.
+NOTHING_HELD: Mapping[int, int] = MappingProxyType({})
 
 
 @dataclass
@@ -82,6 +87,7 @@ class InputConsumer:
         self.paused: set[int] = set()
         self._start = start
         self._ends: dict[int, int] = {}
+        self._handed_out: dict[int, int] = {}  # by partition: behind the last record that `poll` returned
         self._listener = listener
         self._leaving = False
         self._repeated = clients.Repeated()
@@ -92,11 +98,16 @@ class InputConsumer:
         self._consumer = clients.consumer({**properties, **statistics}, self._gate)
         self._consumer.subscribe([topic], on_assign=self._assigned, on_revoke=self._revoked, on_lost=self._lost)
 
-    def poll(self, max_records: int, timeout_s: float) -> RawBatch:
+    def poll(self, max_records: int, timeout_s: float, held: Mapping[int, int] = NOTHING_HELD) -> RawBatch:
         """Up to `max_records` records of owned partitions, at most `timeout_s` after the call.
 
         Records of partitions that were taken away while the batch was gathered, and records that were handed out
         before a rewind, are left out: their next owner, or the next batch, has them.
+
+        Args:
+            max_records: at most so many.
+            timeout_s: at most so long.
+            held: by partition, the offset behind records that were polled and are not committed yet.
 
         Raises:
             KafkaRefused: the topic, the group or the position cannot be read; says what to do.
@@ -122,8 +133,13 @@ class InputConsumer:
             np.array([m.offset() for m in records], dtype=np.int64),
             records,
         )
-        due = due_records(raw.partitions, raw.offsets, self.positions.next_offsets)
-        return raw if due is None else raw.take(due)
+        expected = self.positions.next_offsets
+        if held:
+            expected = {p: held.get(p, offset) for p, offset in expected.items()}
+        due = due_records(raw.partitions, raw.offsets, expected)
+        raw = raw if due is None else raw.take(due)
+        self._handed_out.update(raw.next_offsets)
+        return raw
 
     def group_metadata(self) -> bytes:
         """The member's identity in the group, to be sent with the offsets."""
@@ -151,6 +167,7 @@ class InputConsumer:
             KafkaRefused: the consumer cannot be moved within the deadline.
         """
         self._ends.clear()
+        self._handed_out.clear()
         self._seek(self.positions.next_offsets.keys() - self.paused)
 
     def _seek(self, partitions: Collection[int]) -> None:
@@ -179,12 +196,13 @@ class InputConsumer:
         """Records between each owned partition's next offset and its end, as far as fetching has seen.
 
         The end of the log lies beyond the last record when that is followed by transaction markers or by records that
-        were aborted or are not committed yet; there the consumer itself says that it has seen the end.
+        were aborted or are not committed yet; there the consumer itself says that it has seen the end, and what was
+        polled and is not committed yet is all there is.
         """
         lags = {}
         for partition, position in self.positions.next_offsets.items():
             if self._ends.get(partition, -1) >= position:
-                lags[partition] = 0
+                lags[partition] = max(self._handed_out.get(partition, 0) - position, 0)
                 continue
             _, high = self._consumer.get_watermark_offsets(TopicPartition(self.topic, partition), cached=True)
             if high >= 0:
@@ -264,6 +282,7 @@ class InputConsumer:
         for partition in numbers:
             del self.positions.next_offsets[partition]
             self._ends.pop(partition, None)
+            self._handed_out.pop(partition, None)
             self.positions.uncommitted_start.discard(partition)
             self.paused.discard(partition)
         if numbers:  # none, where a member that is told to stop while it joins is given partitions first

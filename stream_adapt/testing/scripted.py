@@ -25,7 +25,7 @@ import numpy as np
 from confluent_kafka import KafkaError, KafkaException, TopicPartition
 
 from stream_adapt.kafka.changelog import Records, Tail
-from stream_adapt.kafka.consumer import Positions, RebalanceListener
+from stream_adapt.kafka.consumer import NOTHING_HELD, Positions, RebalanceListener
 from stream_adapt.record import RawBatch
 
 Record = tuple[bytes | None, bytes | None]  # key, value
@@ -457,7 +457,7 @@ class ScriptedConsumer:
         self._fetched: dict[int, int] = {}  # what poll gives next: ahead of what is committed
         broker.join(self)
 
-    def poll(self, max_records: int, _timeout_s: float) -> RawBatch:
+    def poll(self, max_records: int, _timeout_s: float, _held: Mapping[int, int] = NOTHING_HELD) -> RawBatch:
         """The next records, in turn from each partition; joins the group first if it has moved on."""
         if self._generation != self._broker.generation:
             self._rejoin()

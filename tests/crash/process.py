@@ -41,6 +41,8 @@ TOPICS = TopicNames.of("app")
 MODEL = random_model("diagonal")
 EXPECTED = Expected(TOPICS, "group", "topic-1", exactly_once=True)
 FENCE_WINDOW_S = 15.0
+#: Records of a batch, at most: more than any poll gives, so that nothing is read ahead.
+MOST = 1_000
 #: Offsets per read of the changelog: restores are cut, too.
 CHANGELOG_CUTS = (7, 3)
 #: No script is so long that a member would have to be started more often.
@@ -76,7 +78,9 @@ def records(count: int, partitions: int = 2) -> dict[int, list[Record]]:
 class Process:
     """One start of `stream-adapt run`, as far as the loop goes."""
 
-    def __init__(self, broker: ScriptedBroker, cuts: Sequence[int], instance: str, clock: SettableClock) -> None:
+    def __init__(
+        self, broker: ScriptedBroker, cuts: Sequence[int], instance: str, clock: SettableClock, most: int = MOST
+    ) -> None:
         self.adapter = Adapter(MODEL)
         decoder = Decoder(MODEL.spec.features, MODEL.spec.feedback, now_ms=clock.now_ms)
         emitter = Emitter(TOPICS, "v1", MODEL.spec.feedback.target_level, now_ms=clock.now_ms)
@@ -99,7 +103,7 @@ class Process:
             delivery,
             restorer,
             Observers(),
-            Pace(),
+            Pace(most),
             topic_id=EXPECTED.topic_id,
             clock=clock,
             sleep=lambda _s: None,
@@ -111,12 +115,14 @@ class Deployment:
     """Members that take turns, until the input is consumed; one that dies is started again.
 
     There is one member, `app.0`. While it stands still `app.1` takes over and does `meanwhile_turns` turns of its own;
-    after that both live, and each takes over while the other stands still.
+    after that both live, and each takes over while the other stands still. Where the cuts are as large as a batch may
+    be (`most`), the next batch is read, and decoded, ahead.
     """
 
     broker: ScriptedBroker
     cuts: Sequence[int] = (5,)
     meanwhile_turns: int = 3
+    most: int = MOST
     clock: SettableClock = field(default_factory=SettableClock)
     members: dict[str, Process] = field(default_factory=dict)
     starts: int = 0
@@ -148,7 +154,7 @@ class Deployment:
         self.starts += 1
         assert self.starts < MOST_STARTS, f"started {self.starts} times, and no end: {self.broker.happened}"
         with self._dying(instance):
-            self.members[instance] = Process(self.broker, self.cuts, instance, self.clock)
+            self.members[instance] = Process(self.broker, self.cuts, instance, self.clock, self.most)
 
     @contextmanager
     def _dying(self, instance: str) -> Iterator[None]:
@@ -240,7 +246,11 @@ def calm_run(count: int) -> tuple[Rows, Learning]:
 
 
 def survived(
-    crashes: Sequence[Crash], count: int = 40, cuts: Sequence[int] = (5,), meanwhile_turns: int = 3
+    crashes: Sequence[Crash],
+    count: int = 40,
+    cuts: Sequence[int] = (5,),
+    meanwhile_turns: int = 3,
+    most: int = MOST,
 ) -> Deployment:
     """Runs a script to its end; every input has one visible output, and every row, and what was learned of every
     window, is a calm run's, to the last bit.
@@ -252,7 +262,7 @@ def survived(
         AssertionError: something was lost, came twice, or is not as in a calm run.
         StateMismatch: rows and offsets came apart.
     """
-    deployment = Deployment(ScriptedBroker(records(count), crashes), cuts, meanwhile_turns)
+    deployment = Deployment(ScriptedBroker(records(count), crashes), cuts, meanwhile_turns, most)
     deployment.run()
     happened = deployment.broker.happened
     assert once_each(deployment.broker) == outputs(deployment.broker), happened
@@ -273,6 +283,7 @@ def survived(
 
 
 __all__ = [
+    "MOST",
     "Crash",
     "Deployment",
     "Effect",

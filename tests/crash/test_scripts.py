@@ -8,7 +8,7 @@ import math
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from process import TOPICS, Crash, Effect, Point, learning, survived
+from process import MOST, TOPICS, Crash, Effect, Point, learning, survived
 
 from stream_adapt.testing.scripted import POSSIBLE
 
@@ -37,12 +37,13 @@ def test_the_learning_topic_says_what_the_scores_say() -> None:
     assert -sum(map(math.log, frozen)) == pytest.approx(sum(one.loss_frozen for one in told), abs=1e-4)
 
 
+@pytest.mark.parametrize("most", [MOST, 5], ids=["", "reading_ahead"])
 @pytest.mark.parametrize("call", [1, 3])
 @pytest.mark.parametrize(("point", "effect"), EVERYTHING, ids=lambda value: value.name)
-def test_one_crash_is_survived(point: Point, effect: Effect, call: int) -> None:
+def test_one_crash_is_survived(point: Point, effect: Effect, call: int, most: int) -> None:
     enough = {Point.INIT: 1, Point.ABORT: 1}.get(point, call)  # a calm run has no more of these
     before = [Crash(Point.PRODUCE, 2, Effect.ABORTABLE)] if point is Point.ABORT else []
-    deployment = survived([*before, Crash(point, enough, effect)])
+    deployment = survived([*before, Crash(point, enough, effect)], most=most)
     assert effect is deployment.broker.happened[-1].effect
 
 
@@ -56,9 +57,12 @@ crashes = st.sampled_from(EVERYTHING).flatmap(
     st.lists(crashes, max_size=8),
     st.lists(st.integers(1, 12), min_size=1, max_size=5),
     st.integers(1, 20),
+    st.sampled_from([MOST, 3, 5]),
 )
-def test_any_script_is_survived_however_batches_are_cut(script: list[Crash], cuts: list[int], turns: int) -> None:
-    survived(script, cuts=cuts, meanwhile_turns=turns)
+def test_any_script_is_survived_however_batches_are_cut(
+    script: list[Crash], cuts: list[int], turns: int, most: int
+) -> None:
+    survived(script, cuts=cuts, meanwhile_turns=turns, most=most)
 
 
 def test_a_member_that_stood_still_in_a_restore_is_no_mismatch() -> None:

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from process import MODEL, TOPICS, Deployment, Process, Rows, changelog, once_each, outputs, records
+from process import MODEL, MOST, TOPICS, Deployment, Process, Rows, changelog, once_each, outputs, records
 from test_scripts import crashes
 
 from stream_adapt.adapt import Adapter, Slow
@@ -74,7 +74,7 @@ class Swapping(Deployment):
         self.starts += 1
         assert self.starts < 40, self.broker.happened
         with self._dying(instance):
-            process = Process(self.broker, self.cuts, instance, self.clock)
+            process = Process(self.broker, self.cuts, instance, self.clock, self.most)
             process.runner._models = Follows(self.world, process.adapter, self.lag)
             self.members[instance] = process
 
@@ -108,11 +108,17 @@ def calm(partition: int, since: int, rows: RowMode) -> Rows:
 
 
 def survived(
-    script: Sequence[Crash], rows: RowMode, after: int, lag: int, cuts: Sequence[int] = (5,), meanwhile: int = 3
+    script: Sequence[Crash],
+    rows: RowMode,
+    after: int,
+    lag: int,
+    cuts: Sequence[int] = (5,),
+    meanwhile: int = 3,
+    most: int = MOST,
 ) -> None:
     """Runs a script to its end, and lets shards go over that have not."""
     deployment = Swapping(
-        ScriptedBroker(records(COUNT), script), cuts, meanwhile, world=Announcing(rows, after), lag=lag
+        ScriptedBroker(records(COUNT), script), cuts, meanwhile, most, world=Announcing(rows, after), lag=lag
     )
     deployment.run()
     for _ in range(60):
@@ -170,8 +176,9 @@ def test_a_shard_goes_over_once_whoever_dies_meanwhile(point: Point, effect: Eff
     st.integers(0, 4),
     st.lists(st.integers(1, 12), min_size=1, max_size=5),
     st.integers(1, 20),
+    st.sampled_from([MOST, 3, 5]),
 )
 def test_any_script_around_a_swap_is_survived_however_batches_are_cut(
-    script: list[Crash], rows: RowMode, after: int, lag: int, cuts: list[int], meanwhile: int
+    script: list[Crash], rows: RowMode, after: int, lag: int, cuts: list[int], meanwhile: int, most: int
 ) -> None:
-    survived(script, rows, after, lag, cuts, meanwhile)
+    survived(script, rows, after, lag, cuts, meanwhile, most)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
+from typing import Any
 from unittest import mock
 from unittest.mock import PropertyMock
 
@@ -14,6 +15,7 @@ from stream_adapt.adapt import Adapter
 from stream_adapt.commit import ExactlyOnce, Outcome
 from stream_adapt.errors import StateMismatch
 from stream_adapt.kafka.producer import OutputProducer
+from stream_adapt.runner import Runner
 from stream_adapt.testing.scripted import ScriptedBroker, ScriptedConsumer, ScriptedReader
 
 
@@ -119,9 +121,9 @@ def test_a_clock_that_jumps_changes_nothing_but_the_time_of_scoring(jump_s: floa
     turns = mock.Mock(side_effect=lambda: deployment.clock.jump(jump_s))
     poll = ScriptedConsumer.poll
 
-    def jumping(consumer: ScriptedConsumer, most: int, timeout_s: float) -> object:
+    def jumping(*arguments: Any) -> object:
         turns()
-        return poll(consumer, most, timeout_s)
+        return poll(*arguments)
 
     with mock.patch.object(ScriptedConsumer, "poll", jumping):
         deployment.run()
@@ -134,3 +136,29 @@ def test_a_member_that_is_fenced_twice_steps_back() -> None:
     fenced = [Crash(Point.COMMIT, call, Effect.FENCED) for call in (2, 3)]
     deployment = survived(fenced)
     assert [4] == deployment.exits
+
+
+def _another_joins_while_records_are_held() -> Deployment:
+    deployment = Deployment(ScriptedBroker(records(40)), most=5)
+    deployment._start("app.0")
+    for _ in range(4):
+        deployment._turn("app.0")
+    assert deployment.members["app.0"].runner._ahead.next_offsets
+    deployment._start("app.1")
+    for _ in range(60):
+        for instance in ("app.0", "app.1"):
+            deployment._turn(instance)
+    return deployment
+
+
+def test_records_that_are_held_when_their_partitions_are_taken_away_are_the_next_owners() -> None:
+    broker = _another_joins_while_records_are_held().broker
+    assert once_each(broker) == outputs(broker)
+
+
+def test_records_that_are_held_when_their_partitions_are_taken_away_must_be_dropped() -> None:
+    """Else a member that has neither their rows nor their partitions would handle them."""
+    kept = mock.patch.object(Runner, "_taken_away", PropertyMock(return_value=False), create=True)
+    with kept, pytest.raises((AssertionError, KeyError)):
+        broker = _another_joins_while_records_are_held().broker
+        assert once_each(broker) == outputs(broker)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from typing import Any, cast
+from unittest import mock
 
 import numpy as np
-from confluent_kafka import Consumer, TopicPartition
+from confluent_kafka import Consumer, KafkaError, TopicPartition
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -57,6 +58,16 @@ def test_a_batch_knows_where_the_next_one_begins() -> None:
     assert [4, 7] == raw.take(np.array([0, 2])).offsets.tolist()
 
 
+def _alone(listener: RebalanceListener) -> InputConsumer:
+    properties = {
+        "bootstrap.servers": "127.0.0.1:1",  # nobody answers there
+        "group.id": "g",
+        "partition.assignment.strategy": "cooperative-sticky",
+        "log_level": 0,
+    }
+    return InputConsumer(properties, "t", start="earliest", listener=listener)
+
+
 def test_partitions_that_come_while_leaving_are_not_taken() -> None:
     """A client that closes gets no answer to questions about offsets: asking would last a minute and end with 3."""
 
@@ -67,14 +78,27 @@ def test_partitions_that_come_while_leaving_are_not_taken() -> None:
             self.taken = partitions
 
     told: list[Any] = []
-    listener = RebalanceListener(assigned=told.append, revoked=told.append)
-    properties = {
-        "bootstrap.servers": "127.0.0.1:1",  # nobody answers there
-        "group.id": "g",
-        "partition.assignment.strategy": "cooperative-sticky",
-        "log_level": 0,
-    }
-    consumer, client = InputConsumer(properties, "t", start="earliest", listener=listener), Client()
+    consumer, client = _alone(RebalanceListener(assigned=told.append, revoked=told.append)), Client()
     consumer.close()
     consumer._assigned(cast(Consumer, client), [TopicPartition("t", 0)])
     assert ([], []) == (client.taken, told)
+
+
+def _message(offset: int, error: KafkaError | None = None) -> mock.Mock:
+    told = {"key": b"k", "value": b"v", "partition": 0, "offset": offset, "error": error}
+    return mock.Mock(**{f"{name}.return_value": value for name, value in told.items()})
+
+
+def test_what_was_polled_and_is_not_committed_yet_lags_though_the_end_was_seen() -> None:
+    """The end is at 12: two markers of transactions lie behind the last record."""
+    consumer = _alone(RebalanceListener())
+    consumer.positions.next_offsets[0] = 0
+    messages = [*map(_message, range(10)), _message(12, KafkaError(KafkaError._PARTITION_EOF))]
+    consumer._consumer = mock.Mock(**{"consume.return_value": messages})
+    lags = []
+    consumer.poll(100, 0.0)
+    for committed in (0, 4, 10):
+        consumer.advance({0: committed})
+        lags.append(consumer.lag()[0])
+    consumer._lookup.close()
+    assert [10, 6, 0] == lags

@@ -5,7 +5,9 @@ from __future__ import annotations
 import signal
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import msgspec
 import numpy as np
@@ -19,6 +21,7 @@ from stream_adapt.emit import Emitter
 from stream_adapt.errors import RegistryUnreachable
 from stream_adapt.kafka.consumer import Positions
 from stream_adapt.pipeline import Pipeline
+from stream_adapt.quarantine import FILE, Marker, Quarantine
 from stream_adapt.record import Outputs, RawBatch, TopicNames, Work
 from stream_adapt.runner import CHUNK, Observers, Pace, Runner
 from stream_adapt.shutdown import Shutdown, StopAtOnce
@@ -39,8 +42,8 @@ class Log:
     rewinds: int = 0
     resumed: list[int] = field(default_factory=list)
 
-    def poll(self, max_records: int, _timeout_s: float) -> RawBatch:
-        start = self.positions.next_offsets[0]
+    def poll(self, max_records: int, _timeout_s: float, held: Mapping[int, int]) -> RawBatch:
+        start = held.get(0, self.positions.next_offsets[0])
         found = self.records[start : start + max_records]
         offsets = np.arange(start, start + len(found))
         return RawBatch([k for k, _ in found], [v for _, v in found], np.zeros(len(found), np.int32), offsets)
@@ -240,3 +243,76 @@ def test_the_first_signal_asks_and_the_second_stops_at_once() -> None:
         with pytest.raises(StopAtOnce):
             signal.raise_signal(signal.SIGTERM)
     assert [signal.SIGTERM, signal.SIGTERM] == shutdown.signals
+
+
+def held(runner: Runner) -> dict[int, int]:
+    return runner._ahead.next_offsets
+
+
+def test_a_full_batch_has_the_next_one_read_before_it_is_handled_and_decoded_while_it_is_committed() -> None:
+    records = [record(n, f"u{n % 7}") for n in range(3 * CHUNK)] + [(b"x", b"nope")]
+    log, broker = Log(records), Broker()
+    runner, _, _ = build(log, broker, max_batch=CHUNK + 500)
+    by_the_loop = mock.Mock(side_effect=runner._pipeline.decoder)
+    runner._pipeline.decoder = by_the_loop
+    runner.turn()
+    assert ([{0: CHUNK + 500}], {0: 2 * CHUNK + 1_000}) == (broker.commits, held(runner))
+    assert 2 == by_the_loop.call_count
+    runner.turn()
+    assert 2 == by_the_loop.call_count  # both of its chunks were decoded ahead
+    runner.turn()
+    assert [CHUNK + 500, 2 * CHUNK + 1_000, 3 * CHUNK + 1] == [ends[0] for ends in broker.commits]
+    assert len(broker.outputs) == len(records)
+
+
+def test_what_is_held_is_filled_up_before_it_becomes_a_batch() -> None:
+    log, broker = Log([record(n) for n in range(15)]), Broker()
+    runner, _, seen = build(log, broker, max_batch=10)
+    runner.turn()
+    assert {0: 15} == held(runner)
+    log.records += [record(n) for n in range(15, 30)]
+    runner.turn()
+    assert ([{0: 10}, {0: 20}], {0: 30}) == (broker.commits, held(runner))
+    runner.turn()
+    assert [10, 10, 10] == [len(w.batch) for w in seen.works]
+
+
+def test_partitions_that_are_taken_away_while_something_is_held_have_all_of_it_read_again() -> None:
+    log, broker = Log([record(n) for n in range(40)]), Broker()
+    runner, _, _ = build(log, broker, max_batch=10)
+    runner.assigned([0])
+    runner._restore()
+    runner.turn()
+    polls, poll = [], log.poll
+
+    def revoking(*arguments: Any) -> RawBatch:
+        polls.append(arguments)
+        runner.revoked([1])
+        return poll(*arguments)
+
+    log.poll = revoking  # type: ignore[method-assign]
+    runner.turn()
+    log.poll = poll  # type: ignore[method-assign]
+    assert ([{0: 10}], 1, {}) == (broker.commits, log.rewinds, held(runner))
+    runner.turn()
+    assert [{0: 10}, {0: 20}] == broker.commits
+
+
+def test_an_abort_has_what_is_held_read_again() -> None:
+    log, broker = Log([record(n) for n in range(30)]), Broker([Outcome.COMMITTED, Outcome.ABORTED])
+    runner, _, _ = build(log, broker, max_batch=10)
+    runner.turn()
+    runner.turn()
+    assert ([{0: 10}], 1, {}) == (broker.commits, log.rewinds, held(runner))
+    runner.turn()
+    assert {0: 20} == broker.commits[-1]
+
+
+def test_records_that_are_held_are_named_in_the_marker(tmp_path: Path) -> None:
+    """They are decoded ahead: one that kills the process must be found."""
+    log, broker = Log([record(n) for n in range(30)]), Broker()
+    runner, _, _ = build(log, broker, max_batch=10)
+    with Quarantine(tmp_path, "t") as quarantine:
+        runner._quarantine = quarantine
+        runner.turn()
+        assert {0: 20} == msgspec.json.decode((tmp_path / FILE).read_bytes(), type=Marker).ends
