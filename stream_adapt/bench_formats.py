@@ -11,7 +11,7 @@ from collections.abc import Callable
 import msgspec
 import numpy as np
 
-from stream_adapt.bench import FEATURES, _events, _raw
+from stream_adapt.bench import FEATURES, _raw, events
 from stream_adapt.codecs import InputCodec, OutputCodec
 from stream_adapt.codecs.avro import AvroInput, AvroOutput
 from stream_adapt.codecs.registry import Registry
@@ -34,11 +34,11 @@ class FormatCost(msgspec.Struct):
 
 def format_cost(rounds: int = 7) -> dict[str, FormatCost]:
     """By format: what `decode` and `emit` cost."""
-    events = list(_events(_EVENTS))
+    sample = list(events(_EVENTS))
     registry = Registry(f"mock://{uuid.uuid4()}", {}, register=True)
     codec = AvroInput(registry, "events")
-    as_json = _raw(events)
-    in_avro = dataclasses.replace(as_json, values=[codec.event(event) for event in events])
+    as_json = _raw(sample)
+    in_avro = dataclasses.replace(as_json, values=[codec.event(event) for event in sample])
     codec.prepare(in_avro.values)
     return {
         "json": _cost(as_json, None, None, rounds),
