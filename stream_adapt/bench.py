@@ -24,7 +24,7 @@ import statistics
 import tempfile
 import time
 import uuid
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -200,10 +200,7 @@ def _broker(parameters: EndToEnd | Restore) -> Iterator[tuple[str, str]]:
 
 
 def _configuration(parameters: EndToEnd, bootstrap: str, folder: Path) -> Config:
-    sample = list(_events(5_000))
-    columns = {name: [_typed(event.features.get(name)) for event in sample] for name in FEATURES}
-    spec = LearnerSpec(features=FEATURES, feedback=STARS, covariance=parameters.covariance)
-    random_model(folder, spec, sorted({event.item_id for event in sample}), columns)
+    random_registry(folder, LearnerSpec(FEATURES, STARS, covariance=parameters.covariance), list(events(5_000)))
     config = load(
         None,
         {},
@@ -219,11 +216,17 @@ def _configuration(parameters: EndToEnd, bootstrap: str, folder: Path) -> Config
     return config
 
 
+def random_registry(folder: Path, spec: LearnerSpec, sample: Sequence[UserEvent]) -> None:
+    """Writes a model that has met the items and features of a sample, and learned nothing of them."""
+    columns = {name: [_typed(event.features.get(name)) for event in sample] for name in FEATURES}
+    random_model(folder, spec, sorted({event.item_id for event in sample}), columns)
+
+
 def _typed(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _events(count: int, users: str = "movielens-like") -> Iterator[UserEvent]:
+def events(count: int, users: str = "movielens-like") -> Iterator[UserEvent]:
     """Events that touch 0.25 rows each, as MovieLens-100K does in batches of 16,384 over 4 partitions.
 
     With `unique`, no user comes twice: every event starts, changes and writes a row of its own.
@@ -237,7 +240,7 @@ def _events(count: int, users: str = "movielens-like") -> Iterator[UserEvent]:
 
 def _fill(config: Config, parameters: EndToEnd) -> None:
     producer = clients.producer({**properties.common(config), "linger.ms": 20, "partitioner": "murmur2_random"})
-    for number, event in enumerate(_events(parameters.events, parameters.users)):
+    for number, event in enumerate(events(parameters.events, parameters.users)):
         producer.produce(config.topic("events"), msgspec.json.encode(event), event.user_id)
         if number % 10_000 == 0:
             _make_room(producer)
@@ -348,14 +351,13 @@ def step_cost(rounds: int = 9) -> dict[str, StepCost]:
 
 def _step_cost(spec: LearnerSpec, rounds: int) -> StepCost:
     with tempfile.TemporaryDirectory() as folder:
-        events = list(_events(16_384))
-        columns = {name: [_typed(event.features.get(name)) for event in events] for name in FEATURES}
-        random_model(Path(folder), spec, sorted({event.item_id for event in events}), columns)
+        sample = list(events(16_384))
+        random_registry(Path(folder), spec, sample)
         adapter = Adapter(read_model(Path(folder)))
-    batch, _ = Decoder(spec.features, spec.feedback)(_raw(events))
+    batch, _ = Decoder(spec.features, spec.feedback)(_raw(sample))
     adapter.adapt(batch)  # compiles, and starts the rows
     adapter.commit()
-    us = 1e6 * statistics.median(_timed_rule(adapter, batch) for _ in range(rounds)) / len(events)
+    us = 1e6 * statistics.median(_timed_rule(adapter, batch) for _ in range(rounds)) / len(sample)
     return StepCost(round(us, 3), adapter.users.layout.row_bytes, adapter.items.layout.row_bytes)
 
 
@@ -414,7 +416,7 @@ def restore(parameters: Restore, progress: Callable[[str], None] = lambda _: Non
         row_bytes = _fill_changelog(config, parameters)
         rounds = []
         for number in range(parameters.rounds):
-            rounds.append(_in_a_process(_restore_round, config))
+            rounds.append(in_a_process(restore_round, config))
             consumed, restored = rounds[-1].consumed_per_s, rounds[-1].records_per_s
             progress(f"round {number + 1}: restored {restored:,.0f}/s, consumed {consumed:,.0f}/s")
     ratios = [one.records_per_s / one.consumed_per_s for one in rounds]
@@ -435,7 +437,9 @@ def restore(parameters: Restore, progress: Callable[[str], None] = lambda _: Non
 
 
 @dataclass(frozen=True)
-class _Round:
+class RestoreRound:
+    """What one process measured."""
+
     records: int
     rows: int
     consumed_per_s: float
@@ -443,7 +447,7 @@ class _Round:
     resident_bytes: int
 
 
-def _in_a_process(work: Callable[[Config], _Round], config: Config) -> _Round:
+def in_a_process(work: Callable[[Config], RestoreRound], config: Config) -> RestoreRound:
     """What `work` returns in a fresh process: its resident memory is its own."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(work, config).result()
@@ -468,7 +472,7 @@ def _fill_changelog(config: Config, parameters: Restore) -> int:
     return layout.row_bytes
 
 
-def _restore_round(config: Config) -> _Round:
+def restore_round(config: Config) -> RestoreRound:
     """Consumes the changelog, then restores it."""
     partitions = list(range(config.topics.partitions))
     consumed_per_s, records = _consume_changelog(config, partitions)
@@ -486,7 +490,9 @@ def _restore_round(config: Config) -> _Round:
     seconds = time.perf_counter() - started
     restorer.close()
     gc.collect()
-    return _Round(records, len(pipeline.adapter.users), consumed_per_s, records / seconds, _resident_bytes() - before)
+    return RestoreRound(
+        records, len(pipeline.adapter.users), consumed_per_s, records / seconds, _resident_bytes() - before
+    )
 
 
 def _consume_changelog(config: Config, partitions: list[int]) -> tuple[float, int]:

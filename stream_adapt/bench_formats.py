@@ -12,7 +12,7 @@ from typing import TypeVar
 import msgspec
 import numpy as np
 
-from stream_adapt.bench import FEATURES, _events, _raw
+from stream_adapt.bench import FEATURES, _raw, events
 from stream_adapt.codecs import InputCodec, OutputCodec
 from stream_adapt.codecs.avro import AvroInput, AvroOutput
 from stream_adapt.codecs.framed import FramedInput, FramedOutput
@@ -39,8 +39,8 @@ class FormatCost(msgspec.Struct):
 
 def format_cost(rounds: int = 7) -> dict[str, FormatCost]:
     """By format: what `decode` and `emit` cost."""
-    events = list(_events(_EVENTS))
-    as_json = _raw(events)
+    sample = list(events(_EVENTS))
+    as_json = _raw(sample)
     costs = {"json": _cost(as_json, None, None, rounds)}
     codecs: dict[str, tuple[_Of[FramedInput], _Of[FramedOutput]]] = {
         "avro": (AvroInput, AvroOutput),
@@ -49,7 +49,7 @@ def format_cost(rounds: int = 7) -> dict[str, FormatCost]:
     for name, (source, to) in codecs.items():
         registry = Registry(f"mock://{uuid.uuid4()}", {}, register=True)
         codec = source(registry, "events")
-        raw = dataclasses.replace(as_json, values=[codec.event(event) for event in events])
+        raw = dataclasses.replace(as_json, values=[codec.event(event) for event in sample])
         codec.prepare(raw.values)
         costs[name] = _cost(raw, codec, to(registry, "scores"), rounds)
     return costs

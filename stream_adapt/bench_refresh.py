@@ -235,7 +235,7 @@ class _Bench:
         self._first = first.version
         self._spare = write_model(registry, weights, spec, first.manifest.fitted, parent=self._first).name
         path = self._configure(0, "child")
-        self._config: Config = configuration.load(path, _environment()).config
+        self._config: Config = configuration.load(path, product_free_environment()).config
         create_topics(properties.common(self._config), service.topic_specs(self._config))
         self._watch = self._stack.enter_context(closing(PollWatch()))
         self._start(path)
@@ -272,7 +272,9 @@ class _Bench:
 
     def _start(self, path: Path) -> None:
         metrics = (HOST, self._ports[-1])
-        self._member = self._stack.enter_context(Member(path, path.with_suffix(".log"), _environment(), metrics))
+        self._member = self._stack.enter_context(
+            Member(path, path.with_suffix(".log"), product_free_environment(), metrics)
+        )
         self._member.wait_until_ready()
         self._watch.add(self._ports[-1])
 
@@ -404,7 +406,7 @@ class _Bench:
             events=self._traffic.received,
             threads=options.threads,
             nice=self._config.refresh.nice,
-            cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0,
+            cores=cores(),
             broker=f"Apache Kafka {KAFKA_VERSION} (embedded)",
             swaps_s=rounds.swaps_s,
             notes=rounds.notes,
@@ -421,11 +423,16 @@ def _told(phase: Phase) -> str:
     return f"{steady}{phase.per_s:,.0f}/s" if phase.per_s else "not measured"
 
 
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 0
+
+
 def _typed(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
 
 
-def _environment() -> dict[str, str]:
+def product_free_environment() -> dict[str, str]:
     """Ours, but for settings of the product: a measurement is what its options say."""
     prefix = configuration.ENVIRONMENT_PREFIX
     return {

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
 from typing import NamedTuple
 
@@ -46,6 +46,14 @@ class Latencies(NamedTuple):
     events: int
     p50_ms: float
     p99_ms: float
+
+
+class Seen(NamedTuple):
+    """One score, as it came out."""
+
+    partition: int  # of its event
+    at_s: float  # since the epoch
+    took_ms: float
 
 
 class Arrivals(NamedTuple):
@@ -108,6 +116,8 @@ class Traffic:
         #: By partition of the input, the version of the newest score that was looked at; when it first said so.
         self.version: dict[int, str] = {}
         self.since_s: dict[int, float] = {}
+        #: Every score goes in here, if it is a list.
+        self.watched: list[Seen] | None = None
         self._rate = rate
         self._topic = config.topic("events")
         settings = properties.common(config)
@@ -169,10 +179,14 @@ class Traffic:
 
     def burst(self, count: int) -> float:
         """Produces so many events as fast as they go; events/s once they are all in the topic."""
-        for key, value in list(islice(self._events, count)):
+        return self.burst_of(list(islice(self._events, count)))
+
+    def burst_of(self, events: Iterable[tuple[bytes, bytes]]) -> float:
+        """The same with events of the caller's, as keys and values."""
+        for key, value in events:
             self._produce(key, value)
-        if self._producer.flush(_FLUSH_S):
-            raise KafkaRefused(f"{self._topic}: a burst of {count} events was not taken within {_FLUSH_S:g} s")
+        if left := self._producer.flush(_FLUSH_S):
+            raise KafkaRefused(f"{self._topic}: {left} events of a burst were not taken within {_FLUSH_S:g} s")
         return per_second(self.drain([]))
 
     def drain(self, took: list[float]) -> Arrivals:
@@ -205,6 +219,8 @@ class Traffic:
                 raise KafkaRefused(f"{message.topic()}: cannot be read: {error}")
             said = _decode(message.value() or b"")
             took.append(now_s * 1000 - said.event_timestamp)
+            if self.watched is not None:
+                self.watched.append(Seen(said.source_partition, now_s, took[-1]))
             if self.version.get(said.source_partition) != said.model_version:
                 self.version[said.source_partition] = said.model_version
                 self.since_s[said.source_partition] = now_s

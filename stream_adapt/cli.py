@@ -950,6 +950,38 @@ def bench_refresh(as_json: bool, **options: Any) -> None:
             click.echo(f"{name:<30} {value}")
 
 
+@bench.command("takeover")
+@click.option(
+    "--users", default=200_000, show_default=True, type=click.IntRange(min=1_000), help="Each has a row, three times."
+)
+@click.option("--rounds", default=3, show_default=True, type=click.IntRange(min=1), help="Kills; medians are given.")
+@click.option(
+    "--rate", default=1_000.0, show_default=True, type=click.FloatRange(min=1), help="Steady load, events a second."
+)
+@click.option(
+    "--seconds", default=10.0, show_default=True, type=click.FloatRange(min=1), help="Of steady load before a kill."
+)
+@click.option("--partitions", default=4, show_default=True, type=click.IntRange(min=2), help="Of the input topic.")
+@_json_option
+def bench_takeover(as_json: bool, **options: Any) -> None:
+    """How soon a member has the rows of one that was killed, and what its own partitions feel of it.
+
+    Two members share an embedded Apache Kafka's partitions. One is killed; from the moment at which the group gives its
+    partitions to the other it is timed until all of them are live.
+
+    \b
+      takeover_s   wanted: at most allowed_s = records ÷ restored_per_s + 2
+      p99_ratio    end-to-end latency in the survivor's own partitions, meanwhile ÷ before; wanted: below 2
+    """
+    from stream_adapt.bench_takeover import TakeoverBench, run_takeover_bench
+
+    result = run_takeover_bench(TakeoverBench(**options), lambda line: click.echo(line, err=True))
+    _print(result, as_json)
+    if not as_json:
+        for name, value in msgspec.structs.asdict(result).items():
+            click.echo(f"{name:<16} {value}")
+
+
 @cli.command()
 @_source_options
 @_config_option

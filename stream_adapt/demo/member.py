@@ -101,6 +101,11 @@ class Member:
         if code != 0:
             raise MemberError(f"`stream-adapt run`, told to stop, ended with exit code {code}.{self.log_tail()}", code)
 
+    def kill(self) -> None:
+        """SIGKILL: it is gone without a word."""
+        self._running.kill()
+        self._running.wait()
+
     def log_tail(self, lines: int = 25) -> str:
         """The end of its log, as the end of a message."""
         with self._log.open(encoding="utf-8", errors="replace") as log:
