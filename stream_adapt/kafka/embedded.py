@@ -259,8 +259,8 @@ def free_ports(count: int, first: int | None = None) -> list[int]:
 class EmbeddedKafka:
     """One Apache Kafka node on this machine, as a context manager or by `start()` and `stop()`.
 
-    One is a whole cluster. Others may join it (`joins`), as brokers without a controller: then topics can have replicas,
-    and a broker that is restarted leaves leaders behind.
+    One is a whole cluster. Others may join it (`joins`), as brokers without a controller: then topics can have
+    replicas, and a broker that is restarted leaves leaders behind.
 
     Args:
         data_dir: where its data live. Given: kept at `stop()`, and a folder of an earlier run goes on with its topics
@@ -408,7 +408,8 @@ class EmbeddedKafka:
             config = folder / "server.properties"
             config.write_text(_render(node_properties(broker_port, controller_port, folder / "logs", extra)))
             if cluster_id is None:
-                cluster_id = _format(java, folder, config, self._joins and _cluster_id(self._joins.data_dir))
+                joined = _cluster_id(self._joins.data_dir) if self._joins else None
+                cluster_id = _format(java, folder, config, joined)
             log = folder / "broker.log"
             self._log_start = log.stat().st_size if log.exists() else 0
             self._process = _Process(java.command("kafka.Kafka", str(config)), log)

@@ -27,7 +27,7 @@ LEADS = {
 }
 
 
-@pytest.mark.parametrize(("state", "event"), itertools.product(State, Event))
+@pytest.mark.parametrize(("state", "event"), [*itertools.product(State, Event)])
 def test_every_event_in_every_state_leads_where_it_should_or_is_a_bug(state: State, event: Event) -> None:
     if event in TRIGGERS:
         expected = (State.COOLING, Action.BEGIN) if state in RESTING else (state, Action.REMEMBER)
