@@ -1020,6 +1020,13 @@ def load(config_path: Path | None, as_json: bool, **options: Any) -> None:
 @click.option("--rate", "per_second", default=300.0, show_default=True, help="Events a second.")
 @click.option("--partitions", default=6, show_default=True, type=click.IntRange(min=1), help="Of the input topic.")
 @click.option(
+    "--brokers",
+    default=2,
+    show_default=True,
+    type=click.IntRange(1, 3),
+    help="And replicas. One alone leaves transaction markers out when it is restarted.",
+)
+@click.option(
     "--protocol",
     default="classic",
     show_default=True,

@@ -1,16 +1,28 @@
-"""The broker under the members: Apache Kafka with timeouts short enough for the pace, restarted in the background."""
+"""The brokers under the members: Apache Kafka with timeouts short enough for the pace, restarted in the background.
+
+There are two, because one alone is no fair opponent. Apache Kafka 4.3.0 takes a partition without a leader for one that
+was deleted, and ends a transaction without a marker in it (TransactionMarkerChannelManager). Where every partition has
+one replica, each restart leaves all of them without a leader for a moment: then aborted records become visible, or a
+transaction stays open for ever and whoever reads committed waits behind it. With a replica on the other broker there is
+always a leader.
+"""
 
 from __future__ import annotations
 
 import threading
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from confluent_kafka import KafkaException
+from confluent_kafka.admin import AdminClient
+
 from stream_adapt.chaos.members import Troubles
 from stream_adapt.chaos.schedule import Timeouts
 from stream_adapt.errors import KafkaRefused
+from stream_adapt.kafka import clients
 from stream_adapt.kafka.embedded import HOST, EmbeddedKafka, free_ports
 from stream_adapt.testing.proxy import FaultProxy
 
@@ -18,10 +30,16 @@ from stream_adapt.testing.proxy import FaultProxy
 _LEAST_SESSION_MS = 1_000
 #: By default the coordinator looks every 10 s for transactions that timed out: too rarely to see what 5 s mean.
 _LOOK_FOR_TIMEOUTS_MS = 500
-_STARTUP_TIMEOUT_S = 180.0
+#: So that leaders come back to a broker before it is restarted again (default: 300 s).
+_LOOK_FOR_IMBALANCE_S = 10
+#: A broker that came back has what it missed within that time.
+_IN_SYNC_S = 60.0
+_LOOK_S = 0.2
+#: What Apache Kafka logs when it ends a transaction without a marker in some partition.
+_LEFT_OUT = "Couldn't find leader endpoint for partitions"
 
 
-def properties(timeouts: Timeouts) -> dict[str, str]:
+def properties(timeouts: Timeouts, replicas: int) -> dict[str, str]:
     """Broker settings on top of `kafka.embedded.SINGLE_NODE`."""
     session_ms = str(int(timeouts.session_s * 1000))
     return {
@@ -31,41 +49,48 @@ def properties(timeouts: Timeouts) -> dict[str, str]:
         "group.consumer.heartbeat.interval.ms": "1000",
         "group.consumer.min.heartbeat.interval.ms": "500",
         "transaction.abort.timed.out.transaction.cleanup.interval.ms": str(_LOOK_FOR_TIMEOUTS_MS),
+        "offsets.topic.replication.factor": str(replicas),
+        "transaction.state.log.replication.factor": str(replicas),
+        "leader.imbalance.check.interval.seconds": str(_LOOK_FOR_IMBALANCE_S),
     }
 
 
-#: What Apache Kafka logs when it ends a transaction without a marker in some partition. It takes a partition whose
-#: leader is not known for deleted (TransactionMarkerChannelManager), and after a restart, without replicas, there are
-#: such partitions for a moment. Their records stay open until the next transaction of the same transactional.id ends:
-#: then they share its fate. Aborted records become visible: an output comes twice, and no client can do anything.
-_LEFT_OUT = "Couldn't find leader endpoint for partitions"
+@dataclass(frozen=True)
+class Node:
+    """A broker, and the proxy through which members reach it."""
+
+    kafka: EmbeddedKafka
+    proxy: FaultProxy
 
 
-class Broker:
-    """An embedded Kafka that can be restarted while others go on. What goes wrong with it is raised by `settle`."""
+class Brokers:
+    """Embedded Kafkas, restarted one at a time while others go on. What goes wrong is raised by `settle`."""
 
-    def __init__(self, timeouts: Timeouts, troubles: Troubles, data_dir: Path) -> None:
+    def __init__(self, timeouts: Timeouts, troubles: Troubles, folder: Path, count: int = 2) -> None:
         self.restarts = 0
         self._troubles = troubles
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        (port,) = free_ports(1)
-        self.proxy = FaultProxy(HOST, port)
-        behind = {
-            "listeners": f"PROXY://{HOST}:{port}",
-            "advertised.listeners": f"PROXY://{self.proxy.address}",
-            "listener.security.protocol.map": "PROXY:PLAINTEXT",
-        }
-        # Members and controllers start at the same time: on a busy machine a broker takes long.
-        self.kafka = EmbeddedKafka(
-            data_dir, properties={**properties(timeouts), **behind}, startup_timeout_s=_STARTUP_TIMEOUT_S
-        )
+        self.nodes: list[Node] = []
+        for number in range(1, count + 1):
+            (port,) = free_ports(1)
+            proxy = FaultProxy(HOST, port)
+            behind = {
+                "listeners": f"PROXY://{HOST}:{port}",
+                "advertised.listeners": f"PROXY://{proxy.address}",
+                "listener.security.protocol.map": "PROXY:PLAINTEXT",
+            }
+            first = self.nodes[0].kafka if self.nodes else None
+            settings = {**properties(timeouts, count), **behind}
+            kafka = EmbeddedKafka(folder / str(number), properties=settings, joins=first, node_id=number)
+            self.nodes.append(Node(kafka, proxy))
 
     def __enter__(self) -> Self:
         try:
-            self.kafka.start()
+            for node in self.nodes:
+                node.kafka.start()
         except BaseException:
-            self.proxy.close()
+            self._end()
             raise
         return self
 
@@ -74,50 +99,94 @@ class Broker:
     ) -> None:
         if self._thread is not None:
             self._thread.join()
-        self.kafka.stop()
-        self.proxy.close()
+        self._end()
 
     @property
     def address(self) -> str:
-        """For all but the members: past the proxy."""
-        return self.kafka.bootstrap_servers
+        """For all but the members: past the proxies."""
+        return ",".join(node.kafka.bootstrap_servers for node in self.nodes)
+
+    @property
+    def member_address(self) -> str:
+        """For the members."""
+        return ",".join(node.proxy.address for node in self.nodes)
+
+    @property
+    def version(self) -> str:
+        """Of Apache Kafka, and how many there are."""
+        return f"Apache Kafka {self.nodes[0].kafka.version}, {len(self.nodes)} brokers"
 
     def markers_left_out(self) -> list[str]:
-        """Lines of the broker's log which say that a transaction was ended without markers in some partitions."""
-        with (self.kafka.data_dir / "broker.log").open(encoding="utf-8", errors="replace") as log:
-            return [line.strip() for line in log if _LEFT_OUT in line]
+        """Lines of the brokers' logs which say that a transaction was ended without markers in some partitions."""
+        found: list[str] = []
+        for node in self.nodes:
+            with (node.kafka.data_dir / "broker.log").open(encoding="utf-8", errors="replace") as log:
+                found += [line.strip() for line in log if _LEFT_OUT in line]
+        return found
 
     def restart(self, *, kill: bool) -> bool:
-        """Ends it, in order or by SIGKILL, and starts it again with its data; False if that is still under way."""
+        """Ends the next one in turn, in order or by SIGKILL, and starts it again with its data; False if that is still
+        under way with one."""
         if self._thread is not None and self._thread.is_alive():
             return False
+        node = self.nodes[self.restarts % len(self.nodes)]
         self.restarts += 1
-        self._thread = threading.Thread(target=self._again, args=(kill,), name="chaos-broker", daemon=True)
+        self._thread = threading.Thread(target=self._again, args=(node.kafka, kill), name="chaos-broker", daemon=True)
         self._thread.start()
         return True
 
     def settle(self) -> None:
-        """Returns when the broker is up.
+        """Returns when all are up.
 
         Raises:
-            KafkaRefused: it did not come up again.
+            KafkaRefused: one did not come up again.
         """
         if self._thread is not None:
             self._thread.join()
         if self._error is not None:
             raise KafkaRefused(f"the broker did not come back: {self._error}") from self._error
 
-    def _again(self, kill: bool) -> None:
+    def _again(self, kafka: EmbeddedKafka, kill: bool) -> None:
         began = time.monotonic()
         # Until it is over nobody knows when it ends.
         self._troubles.broker_away.append((began, float("inf")))
         try:
             if kill:
-                self.kafka.kill()
-                self.kafka.start()
+                kafka.kill()
+                kafka.start()
             else:
-                self.kafka.restart()
+                kafka.restart()
+            self._wait_until_in_sync()
         except Exception as error:  # noqa: BLE001 - raised by settle()
             self._error = error
         finally:
             self._troubles.broker_away[-1] = (began, time.monotonic())
+
+    def _wait_until_in_sync(self) -> None:
+        """Returns when every replica has everything: then the other broker can do without this one."""
+        admin = clients.admin({"bootstrap.servers": self.address, "log_level": 0})
+        deadline = time.monotonic() + _IN_SYNC_S
+        while behind := _behind(admin):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"replicas are still behind after {_IN_SYNC_S:g} s: {', '.join(behind)}")
+            time.sleep(_LOOK_S)
+
+    def _end(self) -> None:
+        # Brokers without a controller first: they end in order while it is there.
+        for node in reversed(self.nodes):
+            node.kafka.stop()
+            node.proxy.close()
+
+
+def _behind(admin: AdminClient) -> list[str]:
+    """Partitions of which not every replica is in sync."""
+    try:
+        topics = admin.list_topics(timeout=10).topics
+    except KafkaException as error:
+        return [f"no answer: {error}"]
+    return [
+        f"{name}[{number}]"
+        for name, topic in topics.items()
+        for number, partition in topic.partitions.items()
+        if len(partition.isrs) < len(partition.replicas)
+    ]

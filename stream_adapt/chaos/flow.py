@@ -28,7 +28,7 @@ from rich.text import Text
 from stream_adapt import config, service
 from stream_adapt.announcements import Announcement
 from stream_adapt.chaos import load, oracle, refreshing
-from stream_adapt.chaos.broker import Broker
+from stream_adapt.chaos.broker import Brokers
 from stream_adapt.chaos.load import Load
 from stream_adapt.chaos.members import Team
 from stream_adapt.chaos.network import Network, kinds
@@ -70,6 +70,7 @@ class ChaosOptions:
     members: int = 3
     per_second: float = 300.0  # events
     partitions: int = 6
+    brokers: int = 2  # and as many replicas of everything
     protocol: Protocol = "classic"
     refreshes: bool = True  # controllers work, and are killed and stopped, too
     keep: Path | None = None  # folder for logs, configuration, model and Kafka's data; a temporary one if not given
@@ -144,13 +145,15 @@ class _Run:
     def _settle(self) -> None:
         """Broker, model, configuration, topics."""
         with self._console.status("starting Apache Kafka"):
-            self._broker = self._stack.enter_context(
-                Broker(self._timeouts, self._team.troubles, self._folder / "kafka")
+            self._brokers = self._stack.enter_context(
+                Brokers(self._timeouts, self._team.troubles, self._folder / "kafka", self._options.brokers)
             )
         self._model = self._make_model()
         self._settings = config.load(self._configure(member_name(0)), _environment()).config
-        self._network = Network(self._broker.proxy, lambda name: f"{APP}.{name}", self._team.troubles)
-        admin = {"bootstrap.servers": self._broker.address}
+        self._network = Network(
+            [node.proxy for node in self._brokers.nodes], lambda name: f"{APP}.{name}", self._team.troubles
+        )
+        admin = {"bootstrap.servers": self._brokers.address}
         for outcome in create_topics(admin, service.topic_specs(self._settings)):
             if not outcome.ok:
                 raise KafkaRefused(str(outcome))
@@ -177,14 +180,14 @@ class _Run:
         sections = {
             "app": {"name": APP, "instance": instance},
             "kafka": {
-                "bootstrap_servers": self._broker.proxy.address,
+                "bootstrap_servers": self._brokers.member_address,
                 "group_protocol": self._options.protocol,
                 "session_timeout_ms": int(self._timeouts.session_s * 1000),
                 "transaction_timeout_ms": int(self._timeouts.transaction_s * 1000),
                 # A restarted coordinator may wait that long for members that died meanwhile.
                 "consumer": {"max.poll.interval.ms": _POLL_INTERVAL_MS},
             },
-            "topics": {"partitions": self._options.partitions},
+            "topics": {"partitions": self._options.partitions, "replication": self._options.brokers},
             "model": {"path": str(self._model)},
             "metrics": {"port": 0},
             "state": {"dir": str(self._folder / f"state-{instance}")},
@@ -200,16 +203,16 @@ class _Run:
             self._team.start(member_name(number), self._configure(member_name(number)))
         for name in self._controllers:
             self._team.start(name, self._configure(name), refreshing.COMMAND)
-        kafka = self._settings.kafka.model_copy(update={"bootstrap_servers": self._broker.address})
+        kafka = self._settings.kafka.model_copy(update={"bootstrap_servers": self._brokers.address})
         app = self._settings.app.model_copy(update={"instance": "operator"})
         past_proxy = self._settings.model_copy(update={"kafka": kafka, "app": app})
         self._operator = Operator(past_proxy, self._model.name, self._second)
         self._stack.callback(self._operator.close)
         events = self._settings.topic_names.events
-        self._watch = Watch(self._broker.address, self._settings.group_id, events, self._options.partitions)
+        self._watch = Watch(self._brokers.address, self._settings.group_id, events, self._options.partitions)
         self._stack.callback(self._watch.close)
         self._watch.start()
-        self._load = Load(self._broker.address, events, self._options.seed, self._options.per_second)
+        self._load = Load(self._brokers.address, events, self._options.seed, self._options.per_second)
         self._load.start()
         self._wait_for_commits({}, _START_TIMEOUT_S, "members are not at work")
 
@@ -242,7 +245,7 @@ class _Run:
             case "leave":
                 return team.leave(name)
             case "broker_stop" | "broker_kill":
-                return self._broker.restart(kill=action.kind == "broker_kill")
+                return self._brokers.restart(kill=action.kind == "broker_kill")
             case "refresh" | "promote":
                 self._operator.do(action.kind)
                 return True
@@ -265,7 +268,7 @@ class _Run:
 
     def _recover(self) -> None:
         """Nobody is stopped, the broker is up, and every partition has commits again, while events still flow."""
-        self._broker.settle()
+        self._brokers.settle()
         self._team.settle()
         self._network.settle()
         self._wait_for_commits(self._watch.committed, _RECOVER_TIMEOUT_S, "partitions without a commit again")
@@ -286,7 +289,7 @@ class _Run:
         began = time.monotonic()
         self._operator.close()
         self._load.stop()
-        self._inputs = oracle.read_inputs(oracle.read_topic(self._broker.address, self._settings.topic_names.events))
+        self._inputs = oracle.read_inputs(oracle.read_topic(self._brokers.address, self._settings.topic_names.events))
         wanted: dict[int, int] = {}
         for partition, offset in (one.place for one in self._inputs):
             wanted[partition] = max(wanted.get(partition, 0), offset + 1)
@@ -312,7 +315,7 @@ class _Run:
             f"{elapsed_s // 60:.0f}:{elapsed_s % 60:02.0f}",
             f"{done['kill']} kills",
             f"{done['stop']} stops",
-            f"{self._broker.restarts} broker restarts",
+            f"{self._brokers.restarts} broker restarts",
             f"{len(self._load.acked) if hasattr(self, '_load') else 0:,} in",
             f"{sum(self._watch.committed.values()) if hasattr(self, '_watch') else 0:,} committed",
             f"members {' '.join(sorted(self._team.members))}",
@@ -321,7 +324,7 @@ class _Run:
 
     def _judge(self) -> ChaosResult:
         with self._console.status("reading the topics back"):
-            topics, address = self._settings.topic_names, self._broker.address
+            topics, address = self._settings.topic_names, self._brokers.address
             scores = oracle.read_topic(address, topics.scores)
             outputs, broken = oracle.read_outputs(scores, oracle.read_topic(address, topics.dead_letters))
         said = oracle.compare_outputs(self._inputs, outputs, broken)
@@ -331,7 +334,7 @@ class _Run:
             seed=self._options.seed,
             members=self._options.members,
             protocol=self._options.protocol,
-            broker=f"Apache Kafka {self._broker.kafka.version}",
+            broker=self._brokers.version,
             inputs=said.inputs,
             outputs=said.outputs,
             scores=said.scores,
@@ -345,7 +348,7 @@ class _Run:
             stops=self._done["stop"],
             joins=self._done["join"],
             leaves=self._done["leave"],
-            broker_restarts=self._broker.restarts,
+            broker_restarts=self._brokers.restarts,
             proxy_faults=self._done["fault"],
             refreshes=self._operator.done.count("refresh"),
             promotions_by_hand=self._operator.done.count("promote"),
@@ -365,7 +368,7 @@ class _Run:
             *([f"what was done by hand ended with {self._operator.error!r}"] if self._operator.error else []),
         ]
         self._compare_rows(result, scores)
-        left_out = self._broker.markers_left_out()
+        left_out = self._brokers.markers_left_out()
         result.markers_left_out = len(left_out)
         result.notes = [f"the broker left transaction markers out, so doubles there are its own: {e}" for e in left_out]
         result.notes += [f"not done by hand: {what}" for what in self._operator.refused]
@@ -382,7 +385,7 @@ class _Run:
             result.promotions = sum(one.decided_by == "refresh" for one in announced)
             result.swaps_scored = sum(len(parts) - 1 for parts in versions.values())
             calm = oracle.calm_run(pipeline, self._inputs, versions, self._models(versions))
-            changelog = oracle.latest_rows(oracle.read_topic(self._broker.address, settings.topic_names.changelog))
+            changelog = oracle.latest_rows(oracle.read_topic(self._brokers.address, settings.topic_names.changelog))
         rows = oracle.compare_rows(calm.rows, changelog, calm.layouts)
         result.rows_compared, result.rows_different = rows.compared, rows.different
         result.max_row_error = rows.max_error
@@ -392,7 +395,7 @@ class _Run:
 
     def _announced(self) -> list[Announcement]:
         """In order; the topic is compacted, but nothing of it yet."""
-        messages = oracle.read_topic(self._broker.address, self._settings.topic_names.models)
+        messages = oracle.read_topic(self._brokers.address, self._settings.topic_names.models)
         return [msgspec.json.decode(message.value() or b"", type=Announcement) for message in messages]
 
     def _models(self, versions: Mapping[int, Sequence[oracle.Stretch]]) -> dict[str, Model]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from stream_adapt.chaos.members import Troubles
 from stream_adapt.chaos.schedule import Fault, Timeouts
@@ -57,13 +57,13 @@ class Network:
     """Sets faults and lifts them when their time is over.
 
     Args:
-        through: the proxy that all members go through.
+        through: the proxies that all members go through, one for each broker.
         client_id_of: a member's name → its client id.
         troubles: told of every fault.
     """
 
-    def __init__(self, through: FaultProxy, client_id_of: Callable[[str], str], troubles: Troubles) -> None:
-        self._proxy = through
+    def __init__(self, through: Sequence[FaultProxy], client_id_of: Callable[[str], str], troubles: Troubles) -> None:
+        self._proxies = through
         self._client_id_of = client_id_of
         self._troubles = troubles
         self._at_work: list[tuple[float, Injected]] = []
@@ -72,7 +72,7 @@ class Network:
         """Does it to one member's connections."""
         now = time.monotonic()
         made = _faults(self._client_id_of(member))[fault]
-        self._at_work.append((now + seconds, self._proxy.inject(made)))
+        self._at_work += [(now + seconds, proxy.inject(made)) for proxy in self._proxies]
         self._troubles.cut.setdefault(member, []).append((now, now + seconds))
 
     def tend(self) -> None:
