@@ -14,12 +14,12 @@ from typing import NamedTuple
 
 import msgspec
 import numpy as np
-from confluent_kafka import OFFSET_BEGINNING, Consumer, KafkaError, Message, Producer, TopicPartition
+from confluent_kafka import OFFSET_BEGINNING, KafkaError, Message, TopicPartition
 
 from stream_adapt.config import Config
 from stream_adapt.datasets import synthetic
 from stream_adapt.errors import KafkaRefused, StreamAdaptError
-from stream_adapt.kafka import properties
+from stream_adapt.kafka import clients, properties
 from stream_adapt.record import UserEvent
 
 #: Between two looks at what has come out: how finely a latency is known.
@@ -122,7 +122,7 @@ class Traffic:
         self._topic = config.topic("events")
         settings = properties.common(config)
         self._refused: KafkaError | None = None
-        self._producer = Producer(
+        self._producer = clients.producer(
             {
                 **settings,
                 "linger.ms": 1,
@@ -133,7 +133,7 @@ class Traffic:
                 "delivery.report.only.error": True,
             }
         )
-        self._consumer = Consumer(
+        self._consumer = clients.consumer(
             {
                 **settings,
                 "group.id": f"bench-{uuid.uuid4()}",  # required by the client; nothing is committed to it

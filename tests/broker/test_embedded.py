@@ -290,3 +290,25 @@ def test_given_listeners_are_added_and_other_properties_win() -> None:
     assert settings["listeners"] == f"PLAINTEXT://127.0.0.1:1,CONTROLLER://127.0.0.1:2,{extra['listeners']}"
     assert settings["advertised.listeners"] == ("PLAINTEXT://127.0.0.1:1,PROXIED://127.0.0.1:80,SASL_SSL://127.0.0.1:7")
     assert (settings["num.partitions"], settings["node.id"]) == ("3", "9")
+
+
+def _leaders(kafka: EmbeddedKafka, topic: str) -> tuple[set[int], set[int]]:
+    """Nodes that lead a partition, and nodes that are in sync in all of them."""
+    found = AdminClient({"bootstrap.servers": kafka.bootstrap_servers}).list_topics(topic, timeout=15).topics[topic]
+    partitions = found.partitions.values()
+    return {p.leader for p in partitions}, set.intersection(*(set(p.isrs) for p in partitions))
+
+
+def test_a_node_that_joins_another_one_leads_what_that_one_led_while_it_is_away(tmp_path: Path) -> None:
+    with EmbeddedKafka() as first, EmbeddedKafka(tmp_path, joins=first, node_id=2) as second:
+        create_topics({"bootstrap.servers": first.bootstrap_servers}, [TopicSpec("replicated", 4, 2)])
+        assert ({1, 2}, {1, 2}) == _leaders(first, "replicated")
+        producer = Producer({"bootstrap.servers": first.bootstrap_servers, "acks": "all"})
+        second.restart()
+        for number in range(4):
+            producer.produce("replicated", b"%d" % number, partition=number)
+        assert 0 == producer.flush(30)
+        assert 4 == len(read_all(f"{second.bootstrap_servers}", "replicated"))
+        second.kill()
+        # Its session has to be over before the other one leads.
+        assert 4 == len(read_all(first.bootstrap_servers, "replicated"))

@@ -209,9 +209,9 @@ def staged(
 
 def test_a_swap_is_recorded_at_once_and_later_scores_name_the_new_model() -> None:
     stage = staged(20)
+    stage.log.records, rest = stage.log.records[:10], stage.log.records[10:]
     stage.runner._restore()
     stage.runner.turn()
-    stage.log.records, rest = stage.log.records[:10], stage.log.records[10:]
     stage.serve(successor(stage.adapter.model))
     stage.runner.turn()  # no record is there
     assert stage.broker.commits == [{0: 10}, {0: 10}]
