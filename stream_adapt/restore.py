@@ -62,6 +62,7 @@ class Reader(Protocol):
     tails: dict[int, Tail]
 
     def begin(self, partitions: Collection[int]) -> None: ...
+    def end(self, partition: int) -> int: ...
     def read(self, timeout_s: float) -> dict[int, Records]: ...
     def finish(self) -> list[int]: ...
     def cancel(self, partitions: Collection[int]) -> None: ...
@@ -75,6 +76,7 @@ class Shard:
     partition: int
     committed: int | None  # the group's offset; None: nothing is committed
     started_s: float
+    target: int = 0  # offset of the changelog up to which it is read
     control: ControlRow | None = None
     records: int = 0
     refused: Counter[str] = field(default_factory=Counter)
@@ -123,6 +125,8 @@ class Restorer:
         for partition, offset in committed.items():
             self._shards[partition] = Shard(partition, offset, now)
         self._reader.begin(committed)
+        for partition in committed:
+            self._shards[partition].target = self._reader.tails[partition].target
         self._observe(Slice(self._remaining(), 0, 0.0, {}))
         log.info("restoring", changelog=self._reader.topic, remaining=self._remaining())
 
@@ -188,12 +192,18 @@ class Restorer:
             )
         try:
             check(shard, self._rows_of(shard.partition), self._expected)
-        except StateMismatch:
-            if not self._overtaken(shard):
+        except StateMismatch as mismatch:
+            if self._overtaken(shard):
+                log.warning(
+                    "another member has gone on with this shard", partition=shard.partition, committed=shard.committed
+                )
+            elif (end := self._reader.end(shard.partition)) > shard.target:
+                # The end that was told before was not the end: the broker that led the partition died meanwhile.
+                told = {"partition": shard.partition, "read_to": shard.target, "end": end}
+                log.warning("the changelog goes on behind what was read: once more", **told, mismatch=str(mismatch))
+                self.begin({shard.partition: shard.committed})
+            else:
                 raise
-            log.warning(
-                "another member has gone on with this shard", partition=shard.partition, committed=shard.committed
-            )
             return False
         seconds = self._clock() - shard.started_s
         log.info(

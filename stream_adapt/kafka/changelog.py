@@ -112,6 +112,14 @@ class ChangelogReader:
                 self._consumer = clients.consumer(self._properties)
             self._consumer.incremental_assign([self._at(partition, OFFSET_BEGINNING) for partition in unread])
 
+    def end(self, partition: int) -> int:
+        """Where a partition ends now, with all that is not committed yet.
+
+        Raises:
+            KafkaRefused: it is not told within the deadline.
+        """
+        return self._ends([partition])[1][partition]
+
     def read(self, timeout_s: float) -> dict[int, Records]:
         """Records by partition, at most `timeout_s` after the call.
 
@@ -221,7 +229,15 @@ def log_offsets(
             request_timeout=_REQUEST_TIMEOUT_S,
         )
         try:
-            return {tp.partition: int(future.result().offset) for tp, future in futures.items()}
+            found_offsets = {tp.partition: int(future.result().offset) for tp, future in futures.items()}
+            # A broker that dies meanwhile may leave its partitions without an offset, and without an error.
+            if min(found_offsets.values(), default=0) >= 0:
+                return found_offsets
+            untold = [partition for partition, offset in found_offsets.items() if offset < 0]
+            log.warning("log offsets of some partitions were not told", topic=partitions[0].topic, partitions=untold)
+            if time.monotonic() > deadline:
+                raise KafkaRefused(f"{partitions[0].topic}{untold}: no log offsets within {deadline_s:.0f} s")
+            time.sleep(_BETWEEN_TRIES_S)
         except KafkaException as error:
             found = kafka_error(error)
             _refuse(partitions[0].topic, found, error)

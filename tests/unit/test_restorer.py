@@ -55,13 +55,17 @@ class Log:
     chunk: int = 1_000
     topic: str = "shop.changelog"
     tails: dict[int, Tail] = field(default_factory=dict)
+    told: list[int] = field(default_factory=list)  # ends that are told at first, and are none
 
     def begin(self, partitions: Collection[int]) -> None:
-        self.tails = {0: Tail(0, len(self.records), 0, 0.0)}
+        self.tails = {0: Tail(0, self.told.pop(0) if self.told else len(self.records), 0, 0.0)}
+
+    def end(self, partition: int) -> int:
+        return len(self.records)
 
     def read(self, _timeout_s: float) -> dict[int, Records]:
         at = self.tails[0].position
-        found = self.records[at : at + self.chunk]
+        found = self.records[at : min(at + self.chunk, self.tails[0].target)]
         self.tails[0].position += len(found)
         return {0: Records([k for k, _ in found], [v for _, v in found], [*range(at, at + len(found))])}
 
@@ -217,3 +221,15 @@ def test_a_cancelled_restore_is_forgotten() -> None:
     restorer.begin({0: None})
     restorer.cancel([0])
     assert (list(restorer.unfinished), log.tails, restorer.step(1.0)) == ([], {}, {})
+
+
+@pytest.mark.parametrize("told", [0, 1, 2])
+def test_an_end_that_was_not_the_end_is_no_mismatch(told: int) -> None:
+    """A broker that comes up, or goes down, may tell less than there is."""
+    records = [(b"u:ann", user(1)), (b"u:bob", user(1)), (b"u:ann", None), (CONTROL_KEY, control(7))]
+    tables = {layout.kind: Table(layout, lambda *_: None) for layout in (USER, ITEM)}
+    restorer = Restorer(Log(list(records), told=[told]), tables, EXPECTED)
+    restorer.begin({0: 7})
+    assert {} == restorer.step(1.0)
+    assert {0: 7} == {p: row and row.next_offset for p, row in restorer.step(1.0).items()}
+    assert {"bob"} == {name for name, _ in tables[Kind.USER].items(0)}
