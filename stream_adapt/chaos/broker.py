@@ -32,8 +32,10 @@ _LEAST_SESSION_MS = 1_000
 _LOOK_FOR_TIMEOUTS_MS = 500
 #: So that leaders come back to a broker before it is restarted again (default: 300 s).
 _LOOK_FOR_IMBALANCE_S = 10
-#: A broker that came back has what it missed within that time.
-_IN_SYNC_S = 60.0
+#: A broker that came back has what it missed within that time, on a machine that is too small for all of it.
+_IN_SYNC_S = 180.0
+#: Kafka's own default: a broker that gets no processor for a while is not away.
+_BROKER_SESSION_MS = 9_000
 _LOOK_S = 0.2
 #: What Apache Kafka logs when it ends a transaction without a marker in some partition.
 _LEFT_OUT = "Couldn't find leader endpoint for partitions"
@@ -52,6 +54,7 @@ def properties(timeouts: Timeouts, replicas: int) -> dict[str, str]:
         "offsets.topic.replication.factor": str(replicas),
         "transaction.state.log.replication.factor": str(replicas),
         "leader.imbalance.check.interval.seconds": str(_LOOK_FOR_IMBALANCE_S),
+        "broker.session.timeout.ms": str(_BROKER_SESSION_MS),
     }
 
 

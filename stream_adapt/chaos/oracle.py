@@ -184,9 +184,12 @@ def log_ends(bootstrap_servers: str, topic: str) -> dict[int, int]:
         futures = admin.list_offsets(
             asked, isolation_level=IsolationLevel.READ_UNCOMMITTED, request_timeout=_CALL_TIMEOUT_S
         )
-        return {tp.partition: int(future.result().offset) for tp, future in futures.items()}
+        ends = {tp.partition: int(future.result().offset) for tp, future in futures.items()}
     except KafkaException as error:
         raise KafkaRefused(f"{topic}: its ends cannot be had: {error}") from error
+    if min(ends.values(), default=0) < 0:  # told without an error by a broker that is going down
+        raise KafkaRefused(f"{topic}: its ends were not told: {ends}")
+    return ends
 
 
 def read_inputs(messages: Iterable[Message]) -> list[Input]:
