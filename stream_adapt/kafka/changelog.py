@@ -236,7 +236,10 @@ def log_offsets(
             untold = [partition for partition, offset in found_offsets.items() if offset < 0]
             log.warning("log offsets of some partitions were not told", topic=partitions[0].topic, partitions=untold)
             if time.monotonic() > deadline:
-                raise KafkaRefused(f"{partitions[0].topic}{untold}: no log offsets within {deadline_s:.0f} s")
+                raise KafkaRefused(
+                    f"{partitions[0].topic}{untold}: no log offsets within {deadline_s:.0f} s. To do: look whether the "
+                    "brokers that lead these partitions are up"
+                )
             time.sleep(_BETWEEN_TRIES_S)
         except KafkaException as error:
             found = kafka_error(error)
