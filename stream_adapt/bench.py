@@ -55,7 +55,7 @@ from stream_adapt.learner.encoder import Bag, Categorical, Feature, Numeric, fea
 from stream_adapt.models import LearnerSpec, RuleName, read_model
 from stream_adapt.record import Batch, Outputs, RawBatch, Score, UserEvent, UserId, Work
 from stream_adapt.restore import Slice
-from stream_adapt.runner import Observers, Pace
+from stream_adapt.runner import LONG_SLICE_S, Observers, Pace
 from stream_adapt.shutdown import Shutdown
 from stream_adapt.state.row import ControlRow
 from stream_adapt.testing.model import random_model
@@ -486,7 +486,7 @@ def restore_round(config: Config) -> RestoreRound:
     restorer.begin(dict.fromkeys(partitions, None))
     unread = len(partitions)
     while unread:
-        unread -= len(restorer.read(1.0))
+        unread -= len(restorer.read(LONG_SLICE_S))
     seconds = time.perf_counter() - started
     restorer.close()
     gc.collect()

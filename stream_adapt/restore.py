@@ -32,6 +32,8 @@ log = structlog.get_logger(__name__)
 
 #: Longest wait for records in one read: a slice ends soon after its budget, and a small shard is there at once.
 _READ_S = 0.02
+#: Records that a slow machine takes in, in a second: no more are read at once than fit into the budget.
+_RECORDS_PER_S = 50_000
 _BETWEEN_REPORTS_S = 5.0
 
 
@@ -63,7 +65,7 @@ class Reader(Protocol):
 
     def begin(self, partitions: Collection[int]) -> None: ...
     def end(self, partition: int) -> int: ...
-    def read(self, timeout_s: float) -> dict[int, Records]: ...
+    def read(self, timeout_s: float, most: int) -> dict[int, Records]: ...
     def finish(self) -> list[int]: ...
     def cancel(self, partitions: Collection[int]) -> None: ...
     def close(self) -> None: ...
@@ -158,8 +160,9 @@ class Restorer:
         """The first half of a step: takes rows in; returns the shards whose rows are all there, before any check."""
         started, records, refused = self._clock(), 0, Counter[str]()
         done: list[int] = []
+        most = max(int(budget_s * _RECORDS_PER_S), 1)
         while self._reader.tails and not done and (left_s := started + budget_s - self._clock()) > 0:
-            for partition, found in self._reader.read(min(left_s, _READ_S)).items():
+            for partition, found in self._reader.read(min(left_s, _READ_S), most).items():
                 records += len(found)
                 refused += self._load(self._shards[partition], found)
             done = self._reader.finish()

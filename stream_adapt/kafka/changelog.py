@@ -38,7 +38,7 @@ _REQUEST_TIMEOUT_S = 10.0
 _BETWEEN_TRIES_S = 0.2
 #: Where the log begins and ends is asked during a rebalance: both answers far within max.poll.interval.ms.
 _ENDS_DEADLINE_S = 30.0
-#: Records that are handed out together: bulk work pays from hundreds on, and a slice of time is kept.
+#: Records that are handed out together where nobody waits: bulk work pays.
 _MOST_RECORDS = 10_000
 
 #: Errors of a consumer after which waiting is of no use.
@@ -120,8 +120,12 @@ class ChangelogReader:
         """
         return self._ends([partition])[1][partition]
 
-    def read(self, timeout_s: float) -> dict[int, Records]:
+    def read(self, timeout_s: float, most: int = _MOST_RECORDS) -> dict[int, Records]:
         """Records by partition, at most `timeout_s` after the call.
+
+        Args:
+            timeout_s: how long to wait for records.
+            most: how many to hand out.
 
         Raises:
             KafkaRefused: the topic cannot be read, or a partition stalled; says how far it got.
@@ -129,7 +133,7 @@ class ChangelogReader:
         if self._consumer is None:
             return {}
         found: dict[int, Records] = {}
-        for message in self._consumer.consume(_MOST_RECORDS, timeout_s):
+        for message in self._consumer.consume(most, timeout_s):
             error = message.error()
             if error is not None:
                 self._told(error, cast(int, message.partition()), cast(int, message.offset()))

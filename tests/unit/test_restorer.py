@@ -56,6 +56,7 @@ class Log:
     topic: str = "shop.changelog"
     tails: dict[int, Tail] = field(default_factory=dict)
     told: list[int] = field(default_factory=list)  # ends that are told at first, and are none
+    asked: list[int] = field(default_factory=list)  # how many records a read may hand out
 
     def begin(self, partitions: Collection[int]) -> None:
         self.tails = {0: Tail(0, self.told.pop(0) if self.told else len(self.records), 0, 0.0)}
@@ -63,7 +64,8 @@ class Log:
     def end(self, partition: int) -> int:
         return len(self.records)
 
-    def read(self, _timeout_s: float) -> dict[int, Records]:
+    def read(self, _timeout_s: float, most: int) -> dict[int, Records]:
+        self.asked.append(most)
         at = self.tails[0].position
         found = self.records[at : min(at + self.chunk, self.tails[0].target)]
         self.tails[0].position += len(found)
@@ -213,6 +215,16 @@ def test_rows_may_be_ahead_of_the_offsets_at_least_once_but_not_behind() -> None
     assert {"ann": 1} == restored([(b"u:ann", user(1)), (CONTROL_KEY, control(7))], 5, expected=expected)[0]
     with pytest.raises(StateMismatch, match="not at all"):
         restored([(CONTROL_KEY, control(7))], 8, expected=expected)
+
+
+@pytest.mark.parametrize(("budget_s", "most"), [(0.05, 2_500), (0.2, 10_000)])
+def test_a_short_slice_reads_no_more_at_once_than_it_has_time_for(budget_s: float, most: int) -> None:
+    """Other shards wait meanwhile."""
+    log = Log([(b"u:ann", user(1))])
+    restorer = Restorer(log, {Kind.USER: Table(USER, lambda *_: None)}, EXPECTED)
+    restorer.begin({0: None})
+    restorer.read(budget_s)
+    assert {most} == set(log.asked)
 
 
 def test_a_cancelled_restore_is_forgotten() -> None:
