@@ -149,9 +149,8 @@ class Adapter:
 
     def prepare(self, batch: Batch) -> Events:
         """Finds or starts the rows of n events, keeps their old bytes, and encodes what the events say."""
-        partitions = batch.partitions.tolist()
-        users = self.users.slots(partitions, batch.user_ids)
-        items = self.items.slots(partitions, batch.item_ids)
+        users = self.users.slots(batch.partitions, batch.user_ids)
+        items = self.items.slots(batch.partitions, batch.item_ids)
         self.overlay.keep(self.users, users)
         self.overlay.keep(self.items, items)
         return self._encode(batch, users, items)

@@ -58,8 +58,8 @@ log = structlog.get_logger(__name__)
 
 #: Records that go down the pipeline together: few enough for the processor's cache, enough to spread what a call costs.
 CHUNK = 1_024
-#: A slice of restoring while other shards wait for their turn, and while none does. The first is about what a turn waits
-#: for events anyway (`latency_s`): it takes that wait's place, so that the others' events hardly wait longer than before.
+#: A slice of restoring while other shards wait for their turn, and while none does. The first is about as long as a
+#: turn waits for events (`latency_s`), and takes the place of that wait: the others' events hardly take longer.
 _SLICE_S = 0.05
 LONG_SLICE_S = 0.2
 #: Aborts in a row after which the pause between tries no longer grows.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, cast
 
@@ -94,22 +95,20 @@ class Table:
         """Ids and slots of one partition."""
         return iter(self._index.get(partition, {}).items())
 
-    def slots(self, partitions: Sequence[int], row_ids: Sequence[str]) -> Slots:
+    def slots(self, partitions: npt.ArrayLike, row_ids: Sequence[str]) -> Slots:
         """Slots `[n]` of rows that are found or, where there are none, started.
+
+        Partitions `[n]` come in runs, because records are fetched partition by partition.
 
         Raises:
             StateFull: no room for all that are new; an abort takes out those that were started.
         """
-        several = set(partitions)
-        if len(several) == 1:  # most often: records are fetched partition by partition
-            return np.array(self._slots_of(partitions[0], row_ids), dtype=np.int64)
-        by_partition: dict[int, list[int]] = {partition: [] for partition in several}
-        for at, partition in enumerate(partitions):
-            by_partition[partition].append(at)
-        slots = np.empty(len(row_ids), dtype=np.int64)
-        for partition, positions in by_partition.items():
-            slots[positions] = self._slots_of(partition, [row_ids[at] for at in positions])
-        return slots
+        of = np.asarray(partitions)
+        bounds = [0, *(np.flatnonzero(np.diff(of)) + 1).tolist(), len(of)] if len(of) else []
+        slots: list[int] = []
+        for start, end in pairwise(bounds):
+            slots += self._slots_of(int(of[start]), row_ids[start:end])
+        return np.array(slots, dtype=np.int64)
 
     def _slots_of(self, partition: int, row_ids: Sequence[str]) -> list[int]:
         index = self._index.setdefault(partition, {})
