@@ -235,7 +235,7 @@ class _Bench:
         self._first = first.version
         self._spare = write_model(registry, weights, spec, first.manifest.fitted, parent=self._first).name
         path = self._configure(0, "child")
-        self._config: Config = configuration.load(path, product_free_environment()).config
+        self._config: Config = configuration.load(path, configuration.environment_without_settings()).config
         create_topics(properties.common(self._config), service.topic_specs(self._config))
         self._watch = self._stack.enter_context(closing(PollWatch()))
         self._start(path)
@@ -273,7 +273,7 @@ class _Bench:
     def _start(self, path: Path) -> None:
         metrics = (HOST, self._ports[-1])
         self._member = self._stack.enter_context(
-            Member(path, path.with_suffix(".log"), product_free_environment(), metrics)
+            Member(path, path.with_suffix(".log"), configuration.environment_without_settings(), metrics)
         )
         self._member.wait_until_ready()
         self._watch.add(self._ports[-1])
@@ -430,11 +430,3 @@ def cores() -> int:
 
 def _typed(value: Any) -> Any:
     return tuple(value) if isinstance(value, list) else value
-
-
-def product_free_environment() -> dict[str, str]:
-    """Ours, but for settings of the product: a measurement is what its options say."""
-    prefix = configuration.ENVIRONMENT_PREFIX
-    return {
-        name: value for name, value in os.environ.items() if not name.startswith(prefix) or name == f"{prefix}CACHE_DIR"
-    }

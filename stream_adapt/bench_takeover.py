@@ -25,7 +25,7 @@ import yaml
 
 from stream_adapt import bench, service
 from stream_adapt import config as configuration
-from stream_adapt.bench_refresh import cores, product_free_environment, ready
+from stream_adapt.bench_refresh import cores, ready
 from stream_adapt.bench_traffic import Seen, Traffic, Unmeasured, latencies
 from stream_adapt.config import Config
 from stream_adapt.datasets.source import STARS
@@ -152,7 +152,7 @@ class _Bench:
                 "state": {"dir": str(self._folder / f"state-{number}")},
             }
             self._path(number).write_text(yaml.safe_dump(sections), encoding="utf-8")
-        config: Config = configuration.load(self._path(0), product_free_environment()).config
+        config: Config = configuration.load(self._path(0), configuration.environment_without_settings()).config
         create_topics(properties.common(config), service.topic_specs(config))
         return config
 
@@ -161,7 +161,9 @@ class _Bench:
 
     def _member(self, number: int) -> Member:
         path = self._path(number)
-        return Member(path, path.with_suffix(".log"), product_free_environment(), (HOST, self._ports[number]))
+        return Member(
+            path, path.with_suffix(".log"), configuration.environment_without_settings(), (HOST, self._ports[number])
+        )
 
     def _events(self, version: int) -> Iterator[tuple[bytes, bytes]]:
         """One event of each user, as of now; keys and values."""

@@ -652,6 +652,15 @@ def _from_environment(key: str, name: str, text: str) -> Any:
 _OTHER_VARIABLES = ("STREAM_ADAPT_CACHE_DIR", "STREAM_ADAPT_TEST_")
 
 
+def environment_without_settings() -> dict[str, str]:
+    """The process's environment, but for configuration keys: a measurement is what its options say."""
+    return {
+        name: value
+        for name, value in os.environ.items()
+        if not name.startswith(ENVIRONMENT_PREFIX) or name == f"{ENVIRONMENT_PREFIX}CACHE_DIR"
+    }
+
+
 def _refuse_unknown_environment(environment: Mapping[str, str]) -> None:
     known = set(_environment_keys().values())
     for name in environment:

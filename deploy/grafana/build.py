@@ -111,9 +111,12 @@ ROWS: dict[str, tuple[Graph, ...]] = {
               alerts=("RestoreStalled",)),
     ),
     "Is it keeping up": (
-        Graph("Events a second", "ops", "Committed, and read: what is read and not committed is done again.",
+        Graph("Events a second", "ops",
+              "Committed, and read: what is read and not committed is done again. Without a score: of before "
+              "output.emit_from.",
               (Query(speed("events per second"), "committed"),
-               Query(rate("stream_adapt_polled_records_total"), "read"))),
+               Query(rate("stream_adapt_polled_records_total"), "read"),
+               Query(rate("stream_adapt_withheld_scores_total"), "committed without a score"))),
         Graph("Lag in records", "short", "By partition.",
               (Query("max by (partition) (stream_adapt_lag_records)", "{{partition}}"),), alerts=("NotProgressing",)),
         Graph("Lag in seconds", "s", "By partition: age of the last committed event while others wait.",

@@ -5,7 +5,6 @@ Everything that is started is stopped in the opposite order, also after Ctrl-C: 
 
 from __future__ import annotations
 
-import os
 import shutil
 import signal
 import tempfile
@@ -123,7 +122,7 @@ class _Run:
         self._skipped = 0
         self._done: Counter[str] = Counter()
         windows = (_AWAY_WINDOW_S, _FENCED_TIMEOUTS * self._timeouts.transaction_s)
-        self._team = Team(folder, _environment(), windows)
+        self._team = Team(folder, config.environment_without_settings(), windows)
         self._controllers = [controller_name(n) for n in range(CONTROLLERS if options.refreshes else 0)]
         self._reaper = Reaper(self._team)
 
@@ -149,7 +148,7 @@ class _Run:
                 Brokers(self._timeouts, self._team.troubles, self._folder / "kafka", self._options.brokers)
             )
         self._model = self._make_model()
-        self._settings = config.load(self._configure(member_name(0)), _environment()).config
+        self._settings = config.load(self._configure(member_name(0)), config.environment_without_settings()).config
         self._network = Network(
             [node.proxy for node in self._brokers.nodes], lambda name: f"{APP}.{name}", self._team.troubles
         )
@@ -403,14 +402,6 @@ class _Run:
         registry = Registry(self._model)
         named = {part.version for parts in versions.values() for part in parts}
         return {version: service.as_configured(self._settings, registry.read(version)) for version in named}
-
-
-def _environment() -> dict[str, str]:
-    """Ours, but for settings of the product: a run is what its options say."""
-    prefix = config.ENVIRONMENT_PREFIX
-    return {
-        name: value for name, value in os.environ.items() if not name.startswith(prefix) or name == f"{prefix}CACHE_DIR"
-    }
 
 
 @contextmanager
