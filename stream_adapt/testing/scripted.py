@@ -565,9 +565,9 @@ class ScriptedReader:
         """Where a partition ends, with all that is not committed yet."""
         return len(self._broker.partition(self.topic, partition))
 
-    def read(self, _timeout_s: float) -> dict[int, Records]:
+    def read(self, _timeout_s: float, most: int) -> dict[int, Records]:
         """As the real one's; what is open is waited for."""
-        cut = self._cuts[self._reads % len(self._cuts)]
+        cut = min(self._cuts[self._reads % len(self._cuts)], most)
         self._reads += 1
         found = {partition: self._read(partition, tail, cut) for partition, tail in self.tails.items()}
         return {partition: records for partition, records in found.items() if len(records)}
