@@ -619,7 +619,7 @@ def demo(as_json: bool, **options: Any) -> None:
     default="none",
     show_default=True,
     type=click.Choice(["none", "linear"]),
-    help="linear: what the score is corrected by, from what rows remember; for probabilities, not for ranking.",
+    help="linear: scores are corrected by what rows remember of misses; for probabilities, not for ranking.",
 )
 @click.option("--epochs", type=click.IntRange(min=1), help="Passes over the events; a tested number if not given.")
 @_objective_options

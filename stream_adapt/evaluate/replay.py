@@ -79,6 +79,11 @@ class ReplayOptions:
                 f"objective={self.objective}, support={self.support}, seconds={self.seconds:g}: a model that is there "
                 "is trained; leave out these or --model"
             )
+        if self.model is not None and self.calibrator != "none":
+            raise ConfigError(
+                f"calibrator={self.calibrator}: a model that is there has one or has none; leave out --calibrator or "
+                "--model"
+            )
         if self.model is not None and self.seeds > 1:
             raise ConfigError(
                 f"seeds={self.seeds}: a model that is there already has one; leave out --seeds or --model"
