@@ -112,6 +112,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decision: Decision | None = None  # the last one
 
 
+def _nothing() -> Floats32:
+    return np.zeros(0, np.float32)
+
+
 class SlowWeights(msgspec.Struct, frozen=True):
     """θ. D dimensions, n known items, F rows of item and event features, A rows of user features, L levels.
 
@@ -134,10 +138,8 @@ class SlowWeights(msgspec.Struct, frozen=True):
     readout: Floats32  # [3] α, κ, β of p = σ(α z/√(1 + κ v) + β)
     item_variance: Floats32  # [2] V₀ of an item's bias and of each coordinate of its offset
     # Only of a model with a calibrator; else empty, and not in its file.
-    calibrator: Floats32 = msgspec.field(default_factory=lambda: np.zeros(0, np.float32))  # [K] a
-    item_mean: Floats32 = msgspec.field(
-        default_factory=lambda: np.zeros(0, np.float32)
-    )  # [n] share at the target, less the share of all, shrunk
+    calibrator: Floats32 = msgspec.field(default_factory=_nothing)  # [K] a
+    item_mean: Floats32 = msgspec.field(default_factory=_nothing)  # [n] share at the target less that of all, shrunk
 
     def expected_shapes(self, spec: LearnerSpec) -> dict[str, tuple[int, ...]]:
         """The shapes that the manifest's spec asks for."""

@@ -68,9 +68,13 @@ def test_users_come_warm() -> None:
 
 
 def test_a_few_events_move_it_little() -> None:
-    model = random_model(calibrator="linear")
-    few, many = (calibrator.fit(model.weights, model.spec, (), *halves(lesson(n))) for n in (40, 2_000))
-    assert np.linalg.norm(few[1:]) < np.linalg.norm(many[1:])
+    """A term that tells every target."""
+
+    def found(n: int) -> float:
+        term = torch.tensor([1.0, -1.0] * (n // 2), dtype=torch.float64)
+        return float(_most_likely(torch.zeros_like(term), torch.stack([term * 0 + 1, term], 1), (term + 1) / 2)[1])
+
+    assert 0 < found(4) < 0.2 < 2 < found(4_000)
 
 
 def test_it_is_the_most_likely_one() -> None:
