@@ -1,8 +1,9 @@
 """Makes the tables of quality.md: `python benchmarks/quality.py --sets movielens-100k,movielens-1m --seeds 3`.
 
-For each set, feedback and seed one training on the first half, served with either covariance, users warm or cold, and
-in 16 partitions; the figures are those of `stream-adapt replay` with the same options. Peers are warmed on the first
-half, too. What was measured is kept in quality.json, and is not measured again unless it is removed there.
+For each set, feedback and seed one training on the first half, served with either covariance, with and without a
+calibrator, users warm or cold, and in 16 partitions; the figures are those of `stream-adapt replay` with the same
+options. Peers are warmed on the first half, too. What was measured is kept in quality.json, and is not measured again
+unless it is removed there.
 """
 
 from __future__ import annotations
@@ -25,12 +26,18 @@ from stream_adapt.evaluate.figures import Figures, best_threshold, figures
 from stream_adapt.evaluate.halves import Halves, cut, two_levels
 from stream_adapt.evaluate.replay import Levels, Replay, ReplayOptions, serve
 from stream_adapt.meta.trainer import TrainSettings, pretrain_each
-from stream_adapt.models import Covariance, LearnerSpec, read_model, write_model
+from stream_adapt.models import LearnerSpec, read_model, write_model
 
 HERE = Path(__file__).parent
 KEPT, PAGE = HERE / "quality.json", HERE / "quality.md"
 BEGIN, END = "<!-- table: begin -->\n", "<!-- table: end -->\n"
-COVARIANCES: tuple[Covariance, ...] = ("full", "diagonal")
+#: By name, what of a spec is the learner's. Those with a calibrator are served with warm users and all levels.
+LEARNERS: dict[str, dict[str, Any]] = {
+    "full": {"covariance": "full"},
+    "diagonal": {"covariance": "diagonal"},
+    "full + calibrator": {"covariance": "full", "calibrator": "linear"},
+    "diagonal + calibrator": {"covariance": "diagonal", "calibrator": "linear"},
+}
 SHOWN = ("auc", "logloss", "gauc", "ece")
 
 
@@ -59,10 +66,11 @@ def measured(
     """Rows that are not kept yet: set|learner|feedback|users|seed → figures."""
     views = [("warm", 1), ("cold", 1), *([("warm", 16)] if levels == "all" else [])]
     asked = [
-        (users, partitions, covariance, seed, f"{name}|{covariance}, {partitions}|{levels}|{users}|{seed}")
+        (users, partitions, learner, seed, f"{name}|{learner}, {partitions}|{levels}|{users}|{seed}")
         for users, partitions in views
-        for covariance in (COVARIANCES if partitions == 1 else ("diagonal",))
+        for learner in (LEARNERS if partitions == 1 else ("diagonal",))
         for seed in range(seeds)
+        if "calibrator" not in LEARNERS[learner] or (levels, users) == ("all", "warm")
     ]
     missing = [row for row in asked if row[-1] not in kept]
     wanted = [peer for peer in peers if peer and levels == "all" and f"{name}|{peer}|{levels}|warm|0" not in kept]
@@ -70,21 +78,22 @@ def measured(
         return
     source = open_source(name)
     feedback = two_levels(source.feedback) if levels == "two" else source.feedback
-    specs = [LearnerSpec(source.features, feedback, covariance=covariance) for covariance in COVARIANCES]
-    halves = cut(source, specs[0], 1, warm=True)
+    specs = {learner: LearnerSpec(source.features, feedback, **own) for learner, own in LEARNERS.items()}
+    spec = specs["full"]
+    halves = cut(source, spec, 1, warm=True)
     with tempfile.TemporaryDirectory() as folder, Progress(disable=True) as bar:
         models = trained(halves, specs, sorted({row[3] for row in missing}), Path(folder))
         for users, partitions in views:
             rows = [row for row in missing if row[:2] == (users, partitions)]
             if rows and (users, partitions) != ("warm", 1):
-                halves = cut(source, specs[0], partitions, warm=users == "warm")
-            for *_, covariance, seed, key in rows:
-                model, seconds = models[covariance, seed]
+                halves = cut(source, spec, partitions, warm=users == "warm")
+            for *_, learner, seed, key in rows:
+                model, seconds = models[learner, seed]
                 options = ReplayOptions(name, levels=levels, partitions=partitions, warm=users == "warm")
                 run = Replay(options, source, model.spec, halves)
                 serve(run, model, seconds, bar)
                 yield key, msgspec.to_builtins(run.adapted[0].figures)
-                if (users, partitions, covariance) == ("warm", 1, "full"):
+                if (users, partitions, learner) == ("warm", 1, "full"):
                     yield f"{name}|frozen|{levels}|warm|{seed}", msgspec.to_builtins(run.frozen[0].figures)
     for peer in wanted:
         said = baselines.measure(peer, source.features, halves)
@@ -93,16 +102,16 @@ def measured(
         yield f"{name}|{peer}|{levels}|warm|0", msgspec.to_builtins(one)
 
 
-def trained(halves: Halves, specs: list[LearnerSpec], seeds: list[int], folder: Path) -> dict[Any, Any]:
-    """(covariance, seed) → the model as service reads it, and the processor's seconds that its training took."""
+def trained(halves: Halves, specs: dict[str, LearnerSpec], seeds: list[int], folder: Path) -> dict[Any, Any]:
+    """(learner, seed) → the model as service reads it, and the processor's seconds that its training took."""
     models = {}
     for seed in seeds:
         started = time.process_time()
-        made = pretrain_each(halves.first.events, specs, TrainSettings(seed=seed), "cpu")
+        made = pretrain_each(halves.first.events, list(specs.values()), TrainSettings(seed=seed), "cpu")
         seconds = time.process_time() - started
-        for spec, one in zip(specs, made, strict=True):
+        for (learner, spec), one in zip(specs.items(), made, strict=True):
             model = read_model(write_model(folder, one.weights, spec, one.fitted))
-            models[spec.covariance, seed] = model, seconds
+            models[learner, seed] = model, seconds
     return models
 
 

@@ -614,6 +614,13 @@ def demo(as_json: bool, **options: Any) -> None:
 @click.option(
     "--dimension", default=16, show_default=True, type=click.IntRange(1, 256), help="Length of a taste vector."
 )
+@click.option(
+    "--calibrator",
+    default="none",
+    show_default=True,
+    type=click.Choice(["none", "linear"]),
+    help="linear: scores are corrected by what rows remember of misses; for probabilities, not for ranking.",
+)
 @click.option("--epochs", type=click.IntRange(min=1), help="Passes over the events; a tested number if not given.")
 @_objective_options
 @click.option(
@@ -700,6 +707,13 @@ def pretrain(as_json: bool, **request: Any) -> None:
     default=True,
     show_default=True,
     help="Whether steps of the gradient rule are divided by their own curvature.",
+)
+@click.option(
+    "--calibrator",
+    default="none",
+    show_default=True,
+    type=click.Choice(["none", "linear"]),
+    help="As for `pretrain`, if a model is pretrained.",
 )
 @click.option(
     "--partitions",

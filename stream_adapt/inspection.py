@@ -255,9 +255,10 @@ def _recognised(value: bytes) -> LearnerSpec | None:
 
 #: Settings that rows' forms differ in, beside their sizes.
 _FORMS: tuple[dict[str, Any], ...] = tuple(
-    {**form, **implicit}
+    {**form, **implicit, **calibrator}
     for form in ({"covariance": "diagonal"}, {"covariance": "full"}, {"rule": "gradient"})
     for implicit in ({}, {"implicit": 0})
+    for calibrator in ({}, {"calibrator": "linear"})
 )
 #: Header, checksum and gaps of a row's value, at most.
 _SLACK_BYTES = 48

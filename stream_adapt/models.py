@@ -42,6 +42,9 @@ LARGEST_IMPLICIT = 1e6
 Floats32 = npt.NDArray[np.float32]
 RuleName = Literal["kalman", "gradient"]
 Covariance = Literal["diagonal", "full"]
+Calibrator = Literal["none", "linear"]
+#: What a linear calibrator adds to the logit, in the order of its coefficients; see the README of the rules.
+CALIBRATOR_TERMS = ("one", "logit", "bend", "missed", "lately", "item_mean", "uncertainty", "gap")
 #: What becomes of rows when a model takes another one's place. carry: they stay as they are, byte for byte.
 #: restart_items: those of users do; items start anew, as the new model has them.
 RowMode = Literal["carry", "restart_items"]
@@ -59,6 +62,12 @@ class LearnerSpec(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     window: int = 256  # W: offsets of a partition between two changes of an item's values
     ring: int = 16  # N: recent events a row remembers
     implicit: int = 7  # H: numbers of a user's implicit state; 0: none
+    calibrator: Calibrator = "none"  # of the scores; linear: rows of users keep what its terms need
+
+    @property
+    def calibrator_terms(self) -> int:
+        """K, coefficients of the calibrator: 0 without one."""
+        return len(CALIBRATOR_TERMS) if self.calibrator == "linear" else 0
 
     @property
     def leak_shape(self) -> tuple[int, ...]:
@@ -103,6 +112,10 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     decision: Decision | None = None  # the last one
 
 
+def _nothing() -> Floats32:
+    return np.zeros(0, np.float32)
+
+
 class SlowWeights(msgspec.Struct, frozen=True):
     """θ. D dimensions, n known items, F rows of item and event features, A rows of user features, L levels.
 
@@ -124,11 +137,15 @@ class SlowWeights(msgspec.Struct, frozen=True):
     leak: Floats32  # [2] a, b of γ = exp(−(a + b·log(1 + Δt/1 h))); of the gradient rule [2, D+1]
     readout: Floats32  # [3] α, κ, β of p = σ(α z/√(1 + κ v) + β)
     item_variance: Floats32  # [2] V₀ of an item's bias and of each coordinate of its offset
+    # Only of a model with a calibrator; else empty, and not in its file.
+    calibrator: Floats32 = msgspec.field(default_factory=_nothing)  # [K] a
+    item_mean: Floats32 = msgspec.field(default_factory=_nothing)  # [n] share at the target less that of all, shrunk
 
     def expected_shapes(self, spec: LearnerSpec) -> dict[str, tuple[int, ...]]:
         """The shapes that the manifest's spec asks for."""
         n, width, levels = len(self.item_hash), spec.dimension + 1, len(spec.feedback.levels)
         features, attributes = len(self.feature_vector), len(self.user_vector)
+        calibrated = {"calibrator": (spec.calibrator_terms,), "item_mean": (n,)} if spec.calibrator_terms else {}
         return {
             "item_hash": (n,),
             "item_vector": (n, width),
@@ -145,6 +162,7 @@ class SlowWeights(msgspec.Struct, frozen=True):
             "leak": spec.leak_shape,
             "readout": (3,),
             "item_variance": (2,),
+            **calibrated,
         }
 
 
@@ -184,7 +202,7 @@ def write_model(
         ModelError: the weights are not finite or their shapes do not fit the spec.
     """
     _check(weights, spec, fitted, where=str(registry))
-    arrays = {name: np.ascontiguousarray(value) for name, value in msgspec.structs.asdict(weights).items()}
+    arrays = {name: np.ascontiguousarray(getattr(weights, name)) for name in weights.expected_shapes(spec)}
     content = save(arrays)
     digest = hashlib.sha256(content).hexdigest()
     now = time.time()
@@ -223,7 +241,10 @@ def record_decision(folder: Path, decision: Decision) -> Manifest:
 
 
 def _as_json(manifest: Manifest) -> bytes:
-    return msgspec.json.format(msgspec.json.encode(manifest), indent=2)
+    told = msgspec.to_builtins(manifest, str_keys=True)
+    if manifest.spec.calibrator == "none":  # as releases wrote it that knew of none, and read it
+        del told["spec"]["calibrator"]
+    return msgspec.json.format(msgspec.json.encode(told), indent=2)
 
 
 def _publish(folder: Path, content: bytes, manifest: bytes) -> Path:

@@ -16,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskProgressC
 
 from stream_adapt.datasets import Source, open_source
 from stream_adapt.errors import ConfigError, DataError
-from stream_adapt.models import Covariance, LearnerSpec, RuleName, write_model
+from stream_adapt.models import Calibrator, Covariance, LearnerSpec, RuleName, write_model
 from stream_adapt.record import UserEvent
 
 if TYPE_CHECKING:  # torch takes seconds to import: only where it is used
@@ -36,6 +36,7 @@ class Request:
     covariance: Covariance = "diagonal"
     normalized: bool = LearnerSpec().normalized
     dimension: int = LearnerSpec().dimension
+    calibrator: Calibrator = "none"
     epochs: int | None = None
     objective: str = "prequential"
     support: float | None = None  # of maml and fomaml
@@ -77,6 +78,7 @@ def pretrain_source(request: Request, console: Console) -> Pretrained:
         covariance=request.covariance,
         normalized=request.normalized,
         dimension=request.dimension,
+        calibrator=request.calibrator,
     )
     settings = _settings(request)
     with progress_bar(console, settings.objective.name) as told:

@@ -12,9 +12,10 @@ import numpy as np
 import xxhash
 
 from stream_adapt.adapt import Adapter
+from stream_adapt.learner import rules
 from stream_adapt.learner.encoder import Bag, Categorical, Feature, Numeric, Vector, features_struct, fit
 from stream_adapt.learner.feedback import Feedback, LabelCuts
-from stream_adapt.models import Covariance, LearnerSpec, Manifest, Model, RuleName, SlowWeights
+from stream_adapt.models import Calibrator, Covariance, LearnerSpec, Manifest, Model, RuleName, SlowWeights
 from stream_adapt.record import Adapted, Batch
 from stream_adapt.state.table import Table
 
@@ -31,6 +32,8 @@ FEATURES: dict[str, Feature] = {
     "country": Categorical(of="user"),
     "age": Numeric(of="user"),
 }
+#: Of a calibrator: none is 0, and all of them are seen in a score.
+COEFFICIENTS = np.array([-0.2, 0.3, -0.02, 5.0, 0.8, 0.5, 0.4, -0.05], np.float32)
 #: Some time in 2020.
 START_MS = 1_600_000_000_000
 
@@ -45,6 +48,7 @@ def random_model(
     size: int = 6,
     window: int = 16,
     implicit: int = 3,
+    calibrator: Calibrator = "none",
 ) -> Model:
     """A model of D = `size` that knows the items i0 … i39."""
     rng = np.random.default_rng(seed)
@@ -59,6 +63,7 @@ def random_model(
         window=window,
         ring=4,
         implicit=implicit,
+        calibrator=calibrator,
     )
     columns = {
         "genres": [GENRES],
@@ -93,7 +98,24 @@ def random_model(
         implicit_item=normal(KNOWN_ITEMS, implicit),
         implicit_map=normal(implicit, size + 1),
     )
+    if spec.calibrator_terms:
+        means = np.random.default_rng(seed).normal(0, 0.2, KNOWN_ITEMS).astype(np.float32)
+        weights = msgspec.structs.replace(weights, calibrator=COEFFICIENTS, item_mean=means)
     return Model(Manifest(1, "v", 0, "", spec, fitted), weights)
+
+
+#: Ends the name of a variant of a rule that is served with a calibrator.
+CALIBRATED = ", calibrated"
+#: Every rule that is found, with every variant that it declares, without a calibrator and with one.
+VARIANTS = [
+    (name, variant + end) for name in rules.names() for variant in rules.find(name).variants for end in ("", CALIBRATED)
+]
+
+
+def model_of(rule: RuleName, variant: str, **more: Any) -> Model:
+    """A random model under one of `VARIANTS`."""
+    settings = rules.find(rule).variants[variant.removesuffix(CALIBRATED)]
+    return random_model(rule=rule, calibrator="linear" if variant.endswith(CALIBRATED) else "none", **settings, **more)
 
 
 def _leak(spec: LearnerSpec, rng: np.random.Generator) -> Any:

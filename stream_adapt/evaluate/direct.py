@@ -77,7 +77,7 @@ def model(
     """
     from stream_adapt.meta import direct, sequences
 
-    spec = msgspec.structs.replace(spec, implicit=0)
+    spec = msgspec.structs.replace(spec, implicit=0, calibrator="none")
 
     def train(events: list[UserEvent]) -> Directly:
         return direct.train(sequences.read_log(events, spec), spec, settings, device, progress, clock)

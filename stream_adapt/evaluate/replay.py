@@ -33,7 +33,7 @@ from stream_adapt.evaluate import figures as of
 from stream_adapt.evaluate.figures import Figures, Outcomes
 from stream_adapt.evaluate.halves import Half, Halves, cut, two_levels
 from stream_adapt.evaluate.metrics import Floats
-from stream_adapt.models import Covariance, LearnerSpec, Model, RuleName, read_model, write_model
+from stream_adapt.models import Calibrator, Covariance, LearnerSpec, Model, RuleName, read_model, write_model
 from stream_adapt.pretraining import told_objective
 
 if TYPE_CHECKING:  # torch takes seconds to import: only where it is used
@@ -59,6 +59,7 @@ class ReplayOptions:
     rule: RuleName = "kalman"  # of a model that is pretrained here
     covariance: Covariance | None = None  # None: the model's, or diagonal
     normalized: bool = LearnerSpec().normalized  # steps of the gradient rule
+    calibrator: Calibrator = "none"  # of a model that is pretrained here
     partitions: int = 1
     objective: str = "prequential"  # of pretraining; direct: without meta-learning, as the baseline
     support: float | None = None  # of maml and fomaml
@@ -78,6 +79,11 @@ class ReplayOptions:
                 f"objective={self.objective}, support={self.support}, seconds={self.seconds:g}: a model that is there "
                 "is trained; leave out these or --model"
             )
+        if self.model is not None and self.calibrator != "none":
+            raise ConfigError(
+                f"calibrator={self.calibrator}: a model that is there has one or has none; leave out --calibrator or "
+                "--model"
+            )
         if self.model is not None and self.seeds > 1:
             raise ConfigError(
                 f"seeds={self.seeds}: a model that is there already has one; leave out --seeds or --model"
@@ -94,6 +100,7 @@ class ReplayResult(Figures, frozen=True, kw_only=True):
     levels: Levels
     rule: RuleName
     covariance: Covariance  # of the Kalman rule
+    calibrator: Calibrator
     objective: str | None  # None: of the model that was given
     seeds: int
     warm: bool
@@ -145,6 +152,7 @@ class Replay:
             levels="two" if len(feedback.levels) == 2 else "all",
             rule=self.spec.rule,
             covariance=self.spec.covariance,
+            calibrator=self.spec.calibrator,
             objective=self.options.objective if self.version is None else None,
             seeds=len(adapted),
             warm=self.options.warm,
@@ -212,7 +220,14 @@ def _given(path: Path, options: ReplayOptions) -> Model:
 def _spec(source: Source, options: ReplayOptions) -> LearnerSpec:
     feedback = two_levels(source.feedback) if options.levels == "two" else source.feedback
     covariance = options.covariance or "diagonal"
-    return LearnerSpec(source.features, feedback, options.rule, covariance=covariance, normalized=options.normalized)
+    return LearnerSpec(
+        source.features,
+        feedback,
+        options.rule,
+        covariance=covariance,
+        normalized=options.normalized,
+        calibrator=options.calibrator,
+    )
 
 
 def _pretrained(run: Replay, seed: int, bar: Progress) -> tuple[Model, float]:

@@ -193,7 +193,8 @@ def _what_was_run(run: Replay, result: ReplayResult) -> list[list[str]]:
 
 def _rule(spec: LearnerSpec) -> str:
     variants = rules.find(spec.rule).variants.items()
-    return f"{spec.rule}, {next(n for n, own in variants if all(getattr(spec, k) == own[k] for k in own))}"
+    own = next(n for n, own in variants if all(getattr(spec, k) == own[k] for k in own))
+    return f"{spec.rule}, {own}" + (f", calibrator {spec.calibrator}" if spec.calibrator_terms else "")
 
 
 def _version(package: str) -> str | None:

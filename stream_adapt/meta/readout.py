@@ -19,7 +19,7 @@ from torch.nn.functional import binary_cross_entropy_with_logits
 
 from stream_adapt.learner.encoder import EncodingCache, FeatureReader, FittedFeature, event_pairs
 from stream_adapt.learner.rules import find
-from stream_adapt.learner.rules.events import Events, Scores
+from stream_adapt.learner.rules.events import Array, Events, Scores
 from stream_adapt.meta.sequences import Log
 from stream_adapt.models import MODEL_FORMAT, LearnerSpec, Manifest, Model, SlowWeights
 
@@ -34,18 +34,20 @@ _ITERATIONS = 60
 
 
 class Correction(NamedTuple):
-    """What the numbers of θ are off by: factors on σ², α and κ, and what to add to β."""
+    """What the numbers of θ are off by: factors on σ², α and κ, what to add to β; and the calibrator, if there is."""
 
     noise: float = 1.0
     alpha: float = 1.0
     kappa: float = 1.0
     beta: float = 0.0
+    calibrator: npt.NDArray[np.float32] | None = None  # [K]
 
     def apply(self, weights: SlowWeights) -> SlowWeights:
         """θ with corrected numbers."""
         factors = np.array([self.alpha, self.kappa, 1.0], np.float32)
         readout = weights.readout * factors + np.array([0.0, 0.0, self.beta], np.float32)
-        return msgspec.structs.replace(weights, noise=weights.noise * np.float32(self.noise), readout=readout)
+        weights = msgspec.structs.replace(weights, noise=weights.noise * np.float32(self.noise), readout=readout)
+        return weights if self.calibrator is None else msgspec.structs.replace(weights, calibrator=self.calibrator)
 
 
 def fit(weights: SlowWeights, spec: LearnerSpec, fitted: tuple[FittedFeature, ...], log: Log) -> Correction:
@@ -55,19 +57,19 @@ def fit(weights: SlowWeights, spec: LearnerSpec, fitted: tuple[FittedFeature, ..
         ModelError, ValueError: never for a θ and a log that belong together.
     """
     targets = torch.from_numpy((log.levels >= spec.feedback.target_level).astype(np.float64))  # [n]
-    events = _encoded(weights, spec, fitted, log)
+    events = encoded(weights, spec, fitted, log)
     best, least = Correction(), float("inf")
     for factor in NOISE_FACTORS:
-        z, variance = _linear(Correction(noise=factor).apply(weights), spec, events, log)
-        readout, loss = _readout(z, variance, targets, weights.readout)
+        z, variance = _linear(Correction(noise=factor).apply(weights), spec, events)
+        moved, loss = _readout(z, variance, targets, weights.readout)
         loss += 0.5 * (np.log(factor) / PRIOR[0]) ** 2
         if loss < least:
-            best, least = Correction(factor, *readout), loss
+            best, least = Correction(factor, *moved), loss
     return best
 
 
-def _encoded(weights: SlowWeights, spec: LearnerSpec, fitted: tuple[FittedFeature, ...], log: Log) -> Events:
-    """Events of one partition, as the adapter encodes them."""
+def encoded(weights: SlowWeights, spec: LearnerSpec, fitted: tuple[FittedFeature, ...], log: Log) -> Events:
+    """Events of one partition, as the adapter encodes them; users and items are numbered among them."""
     content = EncodingCache(FeatureReader(fitted, "item"), weights.feature_vector)
     prior = EncodingCache(FeatureReader(fitted, "user"), weights.user_vector)
     hashes, item = np.unique(log.items, return_inverse=True)
@@ -94,26 +96,48 @@ def _encoded(weights: SlowWeights, spec: LearnerSpec, fitted: tuple[FittedFeatur
     )
 
 
-def _linear(weights: SlowWeights, spec: LearnerSpec, events: Events, log: Log) -> tuple[Tensor, Tensor]:
+def _linear(weights: SlowWeights, spec: LearnerSpec, events: Events) -> tuple[Tensor, Tensor]:
     """z and v + v_item `[n]` of every event before it was learned, all users and items at their start."""
     plain = msgspec.structs.replace(weights, readout=np.array([1.0, 0.0, 0.0], np.float32))  # p = σ(z)
-    rule, model = find(spec.rule), Model(Manifest(MODEL_FORMAT, "", 0, "", spec, ()), plain)
-    users = np.zeros(int(events.user.max()) + 1, rule.user_layout(spec).dtype)
-    items = np.zeros(int(events.item.max()) + 1, rule.item_layout(spec).dtype)
+    model = served(plain, msgspec.structs.replace(spec, calibrator="none"))
+    return heard(model, first_users(model, int(events.user.max()) + 1), events)
+
+
+def served(weights: SlowWeights, spec: LearnerSpec) -> Model:
+    """A model of these weights, for the rule alone."""
+    return Model(Manifest(MODEL_FORMAT, "", 0, "", spec, ()), weights)
+
+
+def first_users(model: Model, number: int) -> Array:
+    """Rows of users before their first event."""
+    rule = find(model.spec.rule)
+    users = np.zeros(number, rule.user_layout(model.spec).dtype)
     for name, value in rule.first_user(model).items():
         users[name] = value
+    return users
+
+
+def first_items(model: Model, events: Events) -> Array:
+    """Rows of the items of these events, before them."""
+    weights = model.weights
+    items = np.zeros(int(events.item.max(initial=-1)) + 1, find(model.spec.rule).item_layout(model.spec).dtype)
     seen = np.zeros(len(items))
     seen[events.item] = np.append(weights.item_events, 0.0)[events.known] / np.float64(weights.noise[0])
     bias_variance, offset_variance = weights.item_variance.astype(np.float64)
     items["c_var"], items["delta_var"] = 1 / (1 / bias_variance + seen), (1 / (1 / offset_variance + seen))[:, None]
-    said = Scores.empty(len(log))
-    rule.compiled(model)(users, items, events, said)
+    return items
+
+
+def heard(model: Model, users: Array, events: Events) -> tuple[Tensor, Tensor]:
+    """Logits of the scores and v + v_item `[n]` of events that the rule goes over; `users` learn, items start here."""
+    said = Scores.empty(len(events.user))
+    find(model.spec.rule).compiled(model)(users, first_items(model, events), events, said)
     return torch.logit(torch.from_numpy(said.score), eps=1e-12), torch.from_numpy(said.uncertainty).square()
 
 
 def _readout(
     z: Tensor, variance: Tensor, targets: Tensor, trained: npt.NDArray[np.float32]
-) -> tuple[list[float], float]:
+) -> tuple[tuple[float, float, float], float]:
     """Factors on α and κ and what to add to β; and the loss of all events, with what the prior adds."""
     start = torch.from_numpy(trained.astype(np.float64))  # [3]
     moved = torch.zeros(3, dtype=torch.float64, requires_grad=True)  # log α, log κ, β
@@ -133,4 +157,4 @@ def _readout(
 
     optimiser.step(closure)  # type: ignore[no-untyped-call]
     alpha, kappa, beta = moved.detach().tolist()
-    return [float(np.exp(alpha)), float(np.exp(kappa)), beta], float(loss().detach())
+    return (float(np.exp(alpha)), float(np.exp(kappa)), beta), float(loss().detach())

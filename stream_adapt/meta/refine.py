@@ -32,7 +32,7 @@ import torch
 from torch import Tensor, nn
 
 from stream_adapt.errors import DataError
-from stream_adapt.meta import sequences, trainer
+from stream_adapt.meta import calibrator, sequences, trainer
 from stream_adapt.meta.pace import Clock, held_out
 from stream_adapt.meta.sequences import Log, Vocabulary
 from stream_adapt.meta.trainer import Parameters, Progress, Steps, Trained, TrainSettings
@@ -221,7 +221,8 @@ class _Refinement:
     def _trained(self, candidate: Candidate, settings: TrainSettings, steps: Steps) -> tuple[Parameters, Vocabulary]:
         log, known = self._log.where(candidate.chosen), self._vocabulary
         if candidate.rows == "restart_items":
-            known = replace(known, item_events=counted(log, known.item_hash))
+            means = sequences.item_means(log, known.item_hash, self._champion.spec.feedback.target_level)
+            known = replace(known, item_events=counted(log, known.item_hash), item_mean=means)
         return trainer.train(
             log,
             self._champion.spec,
@@ -249,7 +250,8 @@ class _Refinement:
     def _folded(self, parameters: Parameters, known: Vocabulary) -> SlowWeights:
         """θ as service reads it. What stays is the champion's to the bit: exp(log x) is not always x."""
         old, weights = self._champion.weights, trainer.fold(parameters, known, self._settings)
-        kept = ("prior_variance", "level_scores", "noise", "leak", "readout", "item_variance")
+        weights = calibrator.without(weights, self._champion.spec, known.item_mean)
+        kept = ("prior_variance", "level_scores", "noise", "leak", "readout", "item_variance", "calibrator")
         return msgspec.structs.replace(weights, **{name: getattr(old, name) for name in kept})
 
 
@@ -285,4 +287,8 @@ def vocabulary(log: Log, champion: Model, max_items: int) -> Vocabulary:
     seen = np.isin(hashes, items)
     at = np.searchsorted(items, hashes[seen])
     events[at] = np.maximum(events[at], counts[seen])
-    return Vocabulary(items, events, champion.manifest.fitted)
+    means = sequences.item_means(log, items, champion.spec.feedback.target_level)
+    if champion.spec.calibrator_terms:  # what was learned from more events stays
+        learned_before = events[np.searchsorted(items, old.item_hash)] == old.item_events
+        means[np.searchsorted(items, old.item_hash[learned_before])] = old.item_mean[learned_before]
+    return Vocabulary(items, events, champion.manifest.fitted, means)

@@ -34,6 +34,8 @@ MS_PER_HOUR = 3_600_000.0
 #: Extra vectors and rounds of the subspace iteration that finds the top eigenvectors: the first 64 of MovieLens-1M
 #: differ from an exact decomposition's by less than 1 % of their length.
 OVERSAMPLING, ROUNDS = 16, 12
+#: Events of an item before its own mean counts half.
+ITEM_EVENTS = 4.0
 #: Standard deviation of the co-occurrence features, over the items that have any.
 COOCCURRENCE_SCALE = 0.5
 
@@ -122,6 +124,7 @@ class Vocabulary:
     item_hash: Hashes  # [I] ascending
     item_events: npt.NDArray[np.float32]  # [I]
     fitted: tuple[FittedFeature, ...]
+    item_mean: npt.NDArray[np.float32]  # [I] see `item_means`
 
     def rows(self, table: Role) -> int:
         """Rows of the user table A, or of the table F that item and event features share."""
@@ -141,7 +144,18 @@ def fit(log: Log, spec: LearnerSpec, max_items: int) -> Vocabulary:
     hashes, counts = np.unique(log.items, return_counts=True)
     kept = np.sort(np.lexsort((hashes, -counts))[:max_items])
     columns = {name: [getattr(f, name) for f in log.features if f is not None] for name in spec.features}
-    return Vocabulary(hashes[kept], counts[kept].astype(np.float32), fit_features(spec.features, columns))
+    means = item_means(log, hashes[kept], spec.feedback.target_level)
+    return Vocabulary(hashes[kept], counts[kept].astype(np.float32), fit_features(spec.features, columns), means)
+
+
+def item_means(log: Log, items: Hashes, target: int) -> npt.NDArray[np.float32]:
+    """By how much more often than all events those of each item `[I]`, which ascend, reach the target, shrunk to 0."""
+    reached = (log.levels >= target) - np.mean(log.levels >= target)  # [n]
+    at = np.searchsorted(items, log.items)
+    known = np.append(items, np.uint64(0))[at] == log.items
+    known &= at < len(items)
+    sums, counts = (np.bincount(at[known], by[known], len(items)) for by in (reached, np.ones(len(log))))
+    return (sums / (counts + ITEM_EVENTS)).astype(np.float32)
 
 
 @dataclass(frozen=True, slots=True)

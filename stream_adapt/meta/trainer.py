@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from stream_adapt.errors import ConfigError, DataError, ModelError
 from stream_adapt.learner.encoder import FittedFeature
 from stream_adapt.learner.rules.batching import implicit_scale
-from stream_adapt.meta import axes, objective, readout, sequences
+from stream_adapt.meta import axes, calibrator, objective, readout, sequences
 from stream_adapt.meta.objective.contract import Problem, Rule, Sequences
 from stream_adapt.meta.objective.gradient import Gradient
 from stream_adapt.meta.objective.kalman import Kalman
@@ -131,7 +131,7 @@ def pretrain_each(
     validated: Validated | None = None,
     clock: Clock = time.monotonic,
 ) -> list[Trained]:
-    """`pretrain` for specs that differ in nothing but the covariance: they share the training, not the readout."""
+    """`pretrain` for specs that differ in covariance and calibrator alone: they share the training, not the readout."""
     settings, spec = settings or TrainSettings(), specs[0]
     log = events if isinstance(events, Log) else sequences.read_log(events, spec)
     check_log(log, spec)
@@ -155,7 +155,12 @@ def pretrain_each(
         stop_after = max(1, watch.epochs) if settings.patience else stop_after
         rehearsed = _folded_for(specs, rehearsal, vocabulary, encoded[0], settings)
         pairs = zip(rehearsed, specs, strict=True)
-        corrections = [readout.fit(weights, each, vocabulary.fitted, log.where(held)) for weights, each in pairs]
+        for at, (weights, each) in enumerate(pairs):
+            corrections[at] = readout.fit(weights, each, vocabulary.fitted, log.where(held))
+            if each.calibrator_terms:
+                corrected, known = corrections[at].apply(weights), vocabulary.fitted
+                coefficients = calibrator.fit(corrected, each, known, log.where(~held), log.where(held))
+                corrections[at] = corrections[at]._replace(calibrator=coefficients)
     parameters, vocabulary = train(log, spec, share, where, steps, stop_after=stop_after, clock=clock)
     folded = _folded_for(specs, parameters, vocabulary, sequences.encode(log, vocabulary).to(where), settings)
     epochs = round(steps.share * settings.epochs, 2)
@@ -486,7 +491,8 @@ def _folded_for(
     weights = fold(parameters, vocabulary, settings)
     narrow = [spec.rule == "kalman" and spec.covariance == "diagonal" for spec in specs]
     turned = axes.turned(weights, _second_moment(parameters, columns)) if any(narrow) else weights
-    return [turned if each else weights for each in narrow]
+    both = zip(specs, (turned if each else weights for each in narrow), strict=True)
+    return [calibrator.without(each, spec, vocabulary.item_mean) for spec, each in both]
 
 
 @torch.no_grad()

@@ -55,6 +55,8 @@ def random_weights(
         "leak": np.full(spec.leak_shape, 0.01),
         "readout": [1.0, 0.3, 0.0],
         "item_variance": [0.2, 0.05],
+        "calibrator": random.normal(0.0, 0.1, spec.calibrator_terms),
+        "item_mean": random.normal(0.0, 0.1, len(hashes) if spec.calibrator_terms else 0),
     }
     return SlowWeights(
         item_hash=hashes,

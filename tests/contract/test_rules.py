@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args, get_type_hints
+from typing import get_args, get_type_hints
 
 import msgspec
 import numpy as np
@@ -10,11 +10,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from learner_streams import (
+    CALIBRATED,
+    VARIANTS,
     adapt_all,
     assert_said_equal,
     cut,
+    model_of,
     part,
-    random_model,
     random_stream,
     rows_of,
     state_of,
@@ -22,20 +24,14 @@ from learner_streams import (
 )
 
 from stream_adapt.adapt import Adapter
-from stream_adapt.learner import rules
 from stream_adapt.models import LearnerSpec, Model, RuleName, SlowWeights
 from stream_adapt.record import Adapted, Batch, Flag
 from stream_adapt.state.row import RowError
 
-VARIANTS = [(name, variant) for name in rules.names() for variant in rules.find(name).variants]
 DEVICES = ("cpu", "torch-cpu")
 
 pytestmark = pytest.mark.parametrize(("rule", "variant"), VARIANTS)
 both_devices = pytest.mark.parametrize("device", DEVICES)
-
-
-def model_of(rule: RuleName, variant: str, **more: Any) -> Model:
-    return random_model(rule=rule, **rules.find(rule).variants[variant], **more)
 
 
 def test_a_model_can_name_the_rule(rule: RuleName, variant: str) -> None:
@@ -51,7 +47,8 @@ def test_an_event_is_scored_as_by_the_frozen_model_when_user_and_item_are_new(
     first = [k for k in range(50) if events.user_ids[k] not in events.user_ids[:k]]
     first = [k for k in first if events.item_ids[k] not in events.item_ids[:k]]
     said = Adapter(model_of(rule, variant), device).adapt(part(events, first))
-    np.testing.assert_allclose(said.frozen_score, said.score, rtol=0, atol=1e-7)
+    if not variant.endswith(CALIBRATED):  # frozen scores are the model's without adapting, and without calibrator
+        np.testing.assert_allclose(said.frozen_score, said.score, rtol=0, atol=1e-7)
     assert np.any(said.updated_score != said.score)
 
 
@@ -195,7 +192,7 @@ UNSTORABLE: dict[str, list[tuple[dict[str, float], set[int]]]] = {
 @both_devices
 def test_an_update_that_cannot_be_stored_is_undone_and_flagged(rule: RuleName, variant: str, device: str) -> None:
     for change, levels in UNSTORABLE[rule]:
-        if variant == "normalized" and change.get("prior_variance") == 3e38:
+        if variant.startswith("normalized") and change.get("prior_variance") == 3e38:
             continue  # such a step has a length that can be stored
         assert_undone(Adapter(with_weights(model_of(rule, variant), **change), device), levels)
 

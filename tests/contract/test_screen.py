@@ -7,23 +7,27 @@ from itertools import pairwise
 
 import numpy as np
 import pytest
-from learner_streams import adapt_all, assert_said_equal, cut, part, random_model, random_stream, state_of
+from learner_streams import (
+    VARIANTS,
+    adapt_all,
+    assert_said_equal,
+    cut,
+    model_of,
+    part,
+    random_model,
+    random_stream,
+    state_of,
+)
 
 from stream_adapt.adapt import Adapter
-from stream_adapt.learner import rules
 from stream_adapt.learner.rules.events import Screen
-from stream_adapt.models import Model, RuleName
+from stream_adapt.models import RuleName
 from stream_adapt.record import Adapted, Batch, Flag
 
 DEDUPLICATE = Screen(barred=int(Flag.DUPLICATE))
-VARIANTS = [(name, variant) for name in rules.names() for variant in rules.find(name).variants]
 
 both_devices = pytest.mark.parametrize("device", ("cpu", "torch-cpu"))
 every_rule = pytest.mark.parametrize(("rule", "variant"), VARIANTS)
-
-
-def model_of(rule: RuleName, variant: str) -> Model:
-    return random_model(rule=rule, **rules.find(rule).variants[variant])
 
 
 def one_user(*ids: str, level: int = 3) -> Batch:

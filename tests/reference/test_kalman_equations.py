@@ -20,7 +20,7 @@ from learner_streams import FEATURES, random_model, random_stream
 
 from stream_adapt.adapt import Adapter
 from stream_adapt.learner.encoder import Bag, Categorical, FittedFeature, Numeric
-from stream_adapt.models import Covariance, Model
+from stream_adapt.models import Calibrator, Covariance, Model
 from stream_adapt.record import Adapted, Batch, Flag
 
 Matrix = np.ndarray[Any, np.dtype[np.float64]]
@@ -36,6 +36,8 @@ class User:
     f: Matrix  # [H] sum over the events learned
     count: int = 0
     last_ms: int = 0
+    missed: float = 0.0
+    learned: list[tuple[int, int, float]] = field(default_factory=list)  # time, level, z
 
 
 @dataclass
@@ -115,7 +117,9 @@ class Reference:
         x = np.append(x0 + delta, 1.0)
         z, v = b + c + dc + w @ x, x @ P @ x
         v_item = item_variance[size] + w[:size] ** 2 @ item_variance[:size]
-        score = self.p(z, v + v_item)
+        missed_by = (level >= self.spec.feedback.target_level) - self.p(z, v + v_item)
+        added = self.calibration(user, item_id, time_ms, v + v_item)
+        score = self.p(z, v + v_item, added)
 
         xf = np.append(x0, 1.0)
         frozen_variance = xf @ self.P0 @ xf + first_variance[size] + w0[:size] ** 2 @ first_variance[:size]
@@ -133,13 +137,40 @@ class Reference:
         if self.spec.covariance == "diagonal":
             user.P = np.diag(np.diag(user.P))
         user.count += 1
+        user.missed += missed_by
+        user.learned.append((time_ms, level, z))
         user.last_ms = max(user.last_ms, time_ms)
-        updated = self.p(b + c + dc + (leant + user.d) @ x, x @ user.P @ x + v_item)
+        updated = self.p(b + c + dc + (leant + user.d) @ x, x @ user.P @ x + v_item, added)
         return score, frozen, updated, math.sqrt(v + v_item), user.count, int(Flag.LATE if late else 0)
 
-    def p(self, z: float, variance: float) -> float:
+    def p(self, z: float, variance: float, added: float | None = None) -> float:
         alpha, kappa, beta = self.theta["readout"]
-        return float(1 / (1 + np.exp(-(alpha * z / np.sqrt(1 + kappa * variance) + beta))))
+        logit = alpha * z / np.sqrt(1 + kappa * variance) + beta
+        if added is not None:
+            logit += (
+                added + self.theta["calibrator"][1] * logit + self.theta["calibrator"][2] * np.clip(logit, -5, 5) ** 3
+            )
+        return float(1 / (1 + np.exp(-logit)))
+
+    def calibration(self, user: User, item_id: str, time_ms: int, variance: float) -> float | None:
+        """What the calibrator's terms but those of the logit add; None without one."""
+        if self.spec.calibrator == "none":
+            return None
+        known = np.flatnonzero(self.theta["item_hash"] == np.uint64(xxhash.xxh3_64_intdigest(item_id.encode())))
+        last = user.learned[-self.spec.ring :]
+        near = np.array([(1 + max(0, time_ms // 1000 - then // 1000)) ** -0.5 for then, _, _ in last])
+        by = np.array([(said >= self.spec.feedback.target_level) - self.p(z, variance) for _, said, z in last])
+        terms = [
+            1.0,
+            0.0,
+            0.0,
+            user.missed / (user.count + 200),
+            float(near @ by) / (near.sum() + 2),
+            float(self.theta["item_mean"][known].sum()),
+            math.sqrt(variance),
+            math.log(1 + max(0, time_ms - user.last_ms) / 1000) if user.count else 0.0,
+        ]
+        return float(self.theta["calibrator"] @ terms)
 
     def item_under_theta(self, item_id: str, features: Any) -> tuple[Matrix, float, float]:
         """x `[D]`, c, and events in pretraining."""
@@ -206,9 +237,12 @@ def assert_same(reference: Reference, adapter: Adapter, expected: Adapted, actua
 
 @pytest.mark.parametrize("device", ["cpu", "torch-cpu"])
 @pytest.mark.parametrize("features", [False, True])
+@pytest.mark.parametrize("calibrator", get_args(Calibrator))
 @pytest.mark.parametrize("covariance", get_args(Covariance))
-def test_service_computes_the_equations(covariance: Covariance, features: bool, device: str) -> None:
-    model = random_model(covariance, features=features)
+def test_service_computes_the_equations(
+    covariance: Covariance, calibrator: Calibrator, features: bool, device: str
+) -> None:
+    model = random_model(covariance, features=features, calibrator=calibrator)
     reference, adapter = Reference(model), Adapter(model, device)
     for k in range(2):
         events = random_stream(500, seed=k, features=features, first_offset=5000 * k)

@@ -189,6 +189,15 @@ def test_the_objective_of_training_can_be_chosen(source: Source) -> None:
     assert usual.frozen[0].probabilities.tobytes() != other.frozen[0].probabilities.tobytes()
 
 
+def test_a_model_can_be_pretrained_with_a_calibrator(source: Source) -> None:
+    plain, calibrated = (
+        replay(source, ReplayOptions(device="cpu", calibrator=calibrator), quiet()) for calibrator in ("none", "linear")
+    )
+    assert ("none", "linear") == (plain.result().calibrator, calibrated.result().calibrator)
+    np.testing.assert_array_equal(plain.frozen[0].probabilities, calibrated.frozen[0].probabilities)
+    assert np.all(plain.adapted[0].probabilities != calibrated.adapted[0].probabilities)
+
+
 def test_options_that_contradict_each_other_are_refused(source: Source, model: Path) -> None:
     with pytest.raises(ConfigError, match="at least 1"):
         ReplayOptions(partitions=0)
@@ -196,6 +205,8 @@ def test_options_that_contradict_each_other_are_refused(source: Source, model: P
         ReplayOptions(model=model, seeds=3)
     with pytest.raises(ConfigError, match="a model that is there is trained"):
         ReplayOptions(model=model, objective="maml")
+    with pytest.raises(ConfigError, match="calibrator=linear"):
+        ReplayOptions(model=model, calibrator="linear")
     with pytest.raises(ConfigError, match="only maml and fomaml have support events"):
         replay(source, ReplayOptions(objective="reptile", support=4.0), quiet())
     with pytest.raises(ConfigError, match="not for two"):

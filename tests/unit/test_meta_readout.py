@@ -36,8 +36,8 @@ def loss(model: Model, batch: Batch) -> float:
 def test_it_hears_what_service_says(covariance: Covariance) -> None:
     model, batch = random_model(covariance, features=True), lesson()
     log: Log = read_batches([batch])
-    events = readout._encoded(model.weights, model.spec, model.manifest.fitted, log)
-    z, variance = readout._linear(model.weights, model.spec, events, log)
+    events = readout.encoded(model.weights, model.spec, model.manifest.fitted, log)
+    z, variance = readout._linear(model.weights, model.spec, events)
     alpha, kappa, beta = model.weights.readout.tolist()
     expected = adapt_all(Adapter(model), [batch])
     np.testing.assert_allclose(expected.uncertainty, variance.sqrt().numpy(), rtol=1e-9)

@@ -9,6 +9,7 @@ functions, rows in and rows out, differentiable in θ, in the rows and in what w
     add_pending             items, what a window's events taught → items with the window's sums
     screened, remember      flags that a user's row tells; counters and ring after events
     read_out                z, variance → p
+    recent, take_note       what a calibrator asks of rows, and what rows keep for it
 
 Rows of float32 are rounded after every event, as in service; rows of float64 are not, which gradients need. Arithmetic
 is float64. `adapt_with` does for a micro-batch over the slab what `compiled.adapt_with` does: windows of a partition in
@@ -29,6 +30,7 @@ import torch
 from torch import Tensor
 
 from stream_adapt.errors import ConfigError
+from stream_adapt.learner.rules.calibrator import BEND, LATELY_WEIGHT, MISSED_EVENTS
 from stream_adapt.learner.rules.compiled import HORIZON, LARGEST, MS_PER_HOUR
 from stream_adapt.learner.rules.events import Array, Events, Scores, Screen
 from stream_adapt.models import SlowWeights
@@ -52,22 +54,25 @@ class Theta(NamedTuple):
     feature_vector: Tensor  # [F+1, D+1]
     implicit_item: Tensor  # [I+1, H]
     implicit_map: Tensor  # [H, D+1] Bᵀ, float64
+    calibrator: Tensor  # [K] a; empty: none
+    item_mean: Tensor  # [I+1]; without a calibrator [1]
+    target: Tensor  # [1] the target's level
 
     @classmethod
-    def of(cls, weights: SlowWeights, device: torch.device | str = "cpu") -> Theta:
-        """θ of a loaded model.
+    def of(cls, weights: SlowWeights, device: torch.device | str = "cpu", target: int = 0) -> Theta:
+        """θ of a loaded model, and the target's level, which only a calibrator asks for.
 
         Raises:
             ConfigError: torch cannot use the device.
         """
         where = _usable(device)
-        tables = ("item_vector", "item_events", "feature_vector", "implicit_item")
-        return cls(
-            **{
-                name: _with_zeros(getattr(weights, name), where) if name in tables else _double(weights, name, where)
-                for name in cls._fields
-            }
-        )
+        tables = ("item_vector", "item_events", "feature_vector", "implicit_item", "item_mean")
+        arrays = {
+            name: _with_zeros(getattr(weights, name), where) if name in tables else _double(weights, name, where)
+            for name in cls._fields
+            if name != "target"
+        }
+        return cls(**arrays, target=torch.tensor([target], device=where))
 
 
 class Items(NamedTuple):
@@ -220,6 +225,32 @@ def read_out(theta: Theta, z: Tensor, variance: Tensor) -> Tensor:
     return torch.sigmoid(alpha * z / torch.sqrt(1.0 + kappa * variance) + beta)
 
 
+def recent(theta: Theta, users: Any, seen: Seen, variance: Tensor) -> Tensor:
+    """What a calibrator asks of m rows before their events, `[m, 3]`: mean miss, recent miss, log of the gap.
+
+    As `calibrator.calibration`; the README of the rules says what they are. `[m, 0]` without a calibrator.
+    """
+    if not len(theta.calibrator):
+        return seen.x[:, :0]
+    ring = users.ring_level.shape[1]
+    there = torch.arange(ring, device=variance.device) < users.count[:, None]  # [m, N]
+    seconds = ((seen.time_ms // 1000)[:, None] - (users.ring_time_s.long() & 0xFFFFFFFF)).clamp(min=0)  # [m, N]
+    near = torch.rsqrt(1.0 + seconds.double()) * there  # [m, N]
+    said = read_out(theta, users.ring_logit.double(), variance[:, None])  # [m, N]
+    lately = (near * ((users.ring_level >= theta.target).double() - said)).sum(1)  # [m]
+    missed = users.missed.double() / (users.count + MISSED_EVENTS)  # [m]
+    gap_s = (seen.time_ms - users.last_ms).clamp(min=0).double() / 1000.0 * (users.count > 0)  # [m]
+    return torch.stack([missed, lately / (LATELY_WEIGHT + near.sum(1)), torch.log1p(gap_s)], 1)  # [m, 3]
+
+
+def take_note(theta: Theta, users: Any, seen: Seen, score: Tensor, taught: Tensor) -> Any:
+    """Rows after m events, with what a calibrator will ask of them. `score` `[m]` is the one without calibrator."""
+    if not len(theta.calibrator):
+        return users
+    missed = (seen.level >= theta.target).double() - score  # [m]
+    return users._replace(missed=chosen(taught, users.missed.double() + missed, users.missed))
+
+
 class Equations(NamedTuple):
     """What one rule has of its own, for `adapt_with`."""
 
@@ -255,7 +286,7 @@ def adapt_with(rule: Equations, theta: Theta, user_rows: Array, item_rows: Array
     _store(user_rows, user_slots, users)
     _store(item_rows, item_slots, items)
     if windows:
-        _report(out, plan.order, events, ordered.frozen, _scores(theta, _concatenate(windows)))
+        _report(out, plan.order, events, ordered.frozen, _scores(theta, _concatenate(windows), ordered.item_mean))
 
 
 class Plan(NamedTuple):
@@ -315,6 +346,7 @@ class _Columns(NamedTuple):
     level: Tensor  # [n]
     event_hash: Tensor  # [n]
     added: Tensor  # [n, H]
+    item_mean: Tensor  # [n], or without a calibrator [n, 0]
 
 
 class _Said(NamedTuple):
@@ -331,6 +363,7 @@ class _Said(NamedTuple):
     w: Tensor  # [n, D+1]
     precision: Tensor  # [n]
     pull: Tensor  # [n]
+    recent: Tensor  # [n, 3], or without a calibrator [n, 0]
 
 
 #: Named tuples of tensors that have their first dimension in common.
@@ -357,6 +390,7 @@ def _columns(rule: Equations, theta: Theta, events: Events, user_at: Array, item
         level=put(events.level).long(),
         event_hash=put(events.event_hash.astype(np.uint32).view(np.int32)),
         added=theta.implicit_item[known],
+        item_mean=theta.item_mean[known] if len(theta.calibrator) else x[:, :0],
     )
 
 
@@ -390,7 +424,10 @@ def _adapt_window(
 def _round(rule: Equations, theta: Theta, users: Any, seen: Seen, screen: Screen) -> tuple[Any, _Said]:
     reading = rule.read(theta, users, seen, screen)
     after, lesson, z, v = rule.write(theta, users, seen, reading, screen)
-    return after, _Said(reading.z, reading.v, reading.v_item, reading.flags, z, v, after.count, *lesson)
+    variance = reading.v + reading.v_item  # [m]
+    after = take_note(theta, after, seen, read_out(theta, reading.z, variance), lesson.taught)
+    asked = recent(theta, users, seen, variance)  # [m, 3]
+    return after, _Said(reading.z, reading.v, reading.v_item, reading.flags, z, v, after.count, *lesson, asked)
 
 
 def _seen(theta: Theta, events: _Columns, settled: Items, at: Tensor) -> Seen:
@@ -409,12 +446,33 @@ def _seen(theta: Theta, events: _Columns, settled: Items, at: Tensor) -> Seen:
     )
 
 
-def _scores(theta: Theta, said: _Said) -> tuple[Tensor, ...]:
+def _scores(theta: Theta, said: _Said, item_mean: Tensor) -> tuple[Tensor, ...]:
     """Score, updated score, uncertainty, adaptations, flags that the rows told, and which events taught."""
     variance = said.v + said.v_item
-    score = read_out(theta, said.z, variance)
-    updated = torch.where(said.taught, read_out(theta, said.new_z, said.new_v + said.v_item), score)
+    added = _calibration(theta, said, item_mean, variance)
+    score = _calibrated(theta, said.z, variance, added)
+    updated = torch.where(said.taught, _calibrated(theta, said.new_z, said.new_v + said.v_item, added), score)
     return score, updated, variance.sqrt(), said.count, said.flags, said.taught
+
+
+def _calibration(theta: Theta, said: _Said, item_mean: Tensor, variance: Tensor) -> Tensor | None:
+    """What a calibrator adds to the logits `[n]` for all but the logits themselves."""
+    if not len(theta.calibrator):
+        return None
+    missed, lately, gap = said.recent.unbind(1)
+    a = theta.calibrator
+    return a[0] + a[3] * missed + a[4] * lately + a[5] * item_mean + a[6] * variance.sqrt() + a[7] * gap
+
+
+def _calibrated(theta: Theta, z: Tensor, variance: Tensor, added: Tensor | None) -> Tensor:
+    score = read_out(theta, z, variance)  # [n]
+    if added is None:
+        return score
+    alpha, kappa, beta = theta.readout
+    logit = alpha * z / torch.sqrt(1.0 + kappa * variance) + beta  # [n]
+    return torch.sigmoid(
+        logit + added + theta.calibrator[1] * logit + theta.calibrator[2] * logit.clamp(-BEND, BEND) ** 3
+    )
 
 
 def _report(out: Scores, order: Longs, events: Events, frozen_score: Tensor, scores: tuple[Tensor, ...]) -> None:
@@ -512,20 +570,20 @@ _SIGNED = {np.dtype("<u8"): np.dtype("<i8"), np.dtype("<u4"): np.dtype("<i4")}
 
 
 def _load(kind: type[RowsT], rows: Array, where: torch.device) -> RowsT:
-    """Records `[m]` as tensors."""
+    """Records `[m]` as tensors; `[m, 0]` for a field that this model's rows do not have."""
+    fields = [rows[name] if name in (rows.dtype.names or ()) else np.zeros((len(rows), 0)) for name in kind._fields]
     return kind._make(
-        torch.from_numpy(np.ascontiguousarray(rows[name]).view(_SIGNED.get(rows[name].dtype, rows[name].dtype))).to(
-            where
-        )
-        for name in kind._fields
+        torch.from_numpy(np.ascontiguousarray(field).view(_SIGNED.get(field.dtype, field.dtype))).to(where)
+        for field in fields
     )
 
 
 def _store(slab: Array, slots: Longs, rows: Any) -> None:
     """Tensors back into the records at `slots` `[m]`."""
     for name, t in zip(rows._fields, rows, strict=True):
-        field = slab[name]
-        field[slots] = t.cpu().numpy().view(field.dtype)
+        if name in (slab.dtype.names or ()):
+            field = slab[name]
+            field[slots] = t.cpu().numpy().view(field.dtype)
 
 
 def _usable(device: torch.device | str) -> torch.device:

@@ -40,11 +40,13 @@ class Theta(NamedTuple):
     item_events: Array  # [n+1]
     feature_vector: Array  # [F+1, D+1]; the last row, of zeros, keeps it from being empty
     implicit_item: Array  # [n+1, H]; the last row is of zeros
+    item_mean: Array  # [n+1], or without a calibrator [1]
 
     @classmethod
     def of(cls, numbers: Array, weights: SlowWeights) -> Theta:
         """A rule's numbers beside the tables of a loaded model."""
-        tables = (weights.item_vector, weights.item_events, weights.feature_vector, weights.implicit_item)
+        names = ("item_vector", "item_events", "feature_vector", "implicit_item", "item_mean")
+        tables = [getattr(weights, name) for name in names]
         return cls(numbers, *(np.concatenate([t, np.zeros((1, *t.shape[1:]), t.dtype)]) for t in tables))
 
 
@@ -52,7 +54,7 @@ class Theta(NamedTuple):
 EVENT_TYPE = np.dtype(
     [(name, "<i8") for name in ("user", "item", "window", "time_ms", "level", "adaptations", "flags")]
     + [(name, "<i8") for name in ("event_hash", "late_after_ms", "barred")]
-    + [(name, "<f8") for name in ("item_events", "score", "frozen", "updated", "uncertainty")]
+    + [(name, "<f8") for name in ("item_events", "item_mean", "score", "frozen", "updated", "uncertainty")]
 )
 
 
@@ -71,6 +73,8 @@ def adapt_with(
         seen[name] = getattr(events, name)
     seen["late_after_ms"], seen["barred"] = events.screen
     seen["item_events"] = theta.item_events[events.known]
+    if len(theta.item_mean) == len(theta.item_events):
+        seen["item_mean"] = theta.item_mean[events.known]
     compiled(
         theta.numbers, users, items, seen, np.zeros(1, scratch),
         events.known, theta.item_vector, events.content, events.content_vectors, events.prior, events.prior_vectors,

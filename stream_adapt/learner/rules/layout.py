@@ -13,6 +13,10 @@ from stream_adapt.state.row import Field, Kind, Layout
 def user_layout(spec: LearnerSpec, *own: Field) -> Layout:
     """Row of a user, with a rule's `own` fields before the ring; D+1 = spec.dimension + 1, N = spec.ring."""
     width, ring = spec.dimension + 1, spec.ring
+    missed = Field(
+        "missed", "<f4", (), "sum of what the model's scores fell short of the targets, of the events learned"
+    )
+    calibrated = (missed,) if spec.calibrator == "linear" else ()
     return Layout(
         Kind.USER,
         (
@@ -21,6 +25,7 @@ def user_layout(spec: LearnerSpec, *own: Field) -> Layout:
             Field("d", "<f4", (width,), "fast weights less their prior mean, w − w₀; the last is the user's bias"),
             Field("implicit", "<f4", (spec.implicit,), "sum of f(item) over the events learned"),
             *own,
+            *calibrated,
             Field("ring_item", "<u8", (ring,), "the last N events, the k-th at k mod N: xxh3-64 of the item id"),
             Field("ring_time_s", "<u4", (ring,), "their times, s since the epoch"),
             Field("ring_event", "<u4", (ring,), "low half of xxh3-64 of their ids; 0: not kept"),

@@ -155,6 +155,9 @@ class Kalman:
             item_events=nothing,
             feature_vector=nothing,
             implicit_item=nothing,
+            calibrator=nothing,
+            item_mean=nothing,
+            target=nothing,
             implicit_map=prior_variance.new_zeros(0, len(prior_variance), dtype=torch.float64),
         )
 

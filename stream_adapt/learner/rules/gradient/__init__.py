@@ -11,16 +11,15 @@ from stream_adapt.models import Model
 
 
 def _compiled(model: Model) -> AdaptRows:
-    return partial(step.adapt, step.theta_of(model.weights, normalized=model.spec.normalized))
+    return partial(step.adapt, step.theta_of(model))
 
 
 def _batched(model: Model, device: str) -> AdaptRows:
     from stream_adapt.learner.rules import batching  # imports torch, which service on the CPU does without
     from stream_adapt.learner.rules.gradient.batched import equations
 
-    return partial(
-        batching.adapt_with, equations(normalized=model.spec.normalized), batching.Theta.of(model.weights, device)
-    )
+    theta = batching.Theta.of(model.weights, device, model.spec.feedback.target_level)
+    return partial(batching.adapt_with, equations(normalized=model.spec.normalized), theta)
 
 
 RULE = Rule(

@@ -47,6 +47,7 @@ class Users(NamedTuple):
     ring_event: Tensor  # [m, N]
     ring_level: Tensor  # [m, N]
     ring_logit: Tensor  # [m, N]
+    missed: Tensor  # [m], or without a calibrator [m, 0]
 
 
 class Reading(NamedTuple):
@@ -74,6 +75,7 @@ def init(theta: Theta, m: int, *, ring: int, dtype: torch.dtype = torch.float32)
         ring_event=ring_floats.int(),
         ring_level=ring_floats.to(torch.int8),
         ring_logit=ring_floats,
+        missed=ring_floats[:, :0] if not len(theta.calibrator) else ring_floats.new_zeros(m),
     )
 
 

@@ -26,6 +26,13 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from stream_adapt.learner.rules.calibrator import (
+    calibrated,
+    calibration,
+    calibrator_fields,
+    calibrator_numbers,
+    take_note,
+)
 from stream_adapt.learner.rules.compiled import (
     LARGEST,
     MS_PER_HOUR,
@@ -44,31 +51,34 @@ from stream_adapt.learner.rules.compiled import (
     write_item,
 )
 from stream_adapt.learner.rules.events import Array, Events, Scores
-from stream_adapt.models import SlowWeights
+from stream_adapt.models import Model
 
 
-def theta_of(weights: SlowWeights, *, normalized: bool) -> Theta:
+def theta_of(model: Model) -> Theta:
     """θ of a loaded model as the compiled code reads it."""
+    weights = model.weights
     hidden, width = weights.implicit_map.shape
-    numbers = np.zeros(1, _numbers_type(width, len(weights.level_scores), hidden))
-    numbers["normalized"] = normalized
+    numbers = np.zeros(1, _numbers_type(width, len(weights.level_scores), hidden, model.spec.calibrator_terms))
+    numbers["normalized"] = model.spec.normalized
     numbers["bias"], numbers["noise"] = weights.bias, weights.noise
     numbers["alpha"], numbers["kappa"], numbers["beta"] = weights.readout
     numbers["bias_variance"], numbers["offset_variance"] = weights.item_variance
     numbers["leak_a"], numbers["leak_b"] = weights.leak
     numbers["rates"], numbers["targets"] = weights.prior_variance, [sigmoid(s) for s in weights.level_scores.tolist()]
     numbers["implicit_map"] = weights.implicit_map.ravel()
+    for name, value in calibrator_numbers(model).items():
+        numbers[name] = value
     return Theta.of(numbers, weights)
 
 
 @cache
-def _numbers_type(width: int, levels: int, hidden: int) -> np.dtype[Any]:
-    """θ's numbers: b, σ², readout, an item's first variances; a, b, η `[D+1]` each, y `[L]`, Bᵀ `[H·(D+1)]`."""
+def _numbers_type(width: int, levels: int, hidden: int, terms: int) -> np.dtype[Any]:
+    """θ's numbers: b, σ², readout, an item's first variances; a, b, η `[D+1]` each, y `[L]`, Bᵀ `[H·(D+1)]`, a."""
     single = ("bias", "noise", "alpha", "kappa", "beta", "bias_variance", "offset_variance")
     arrays = [(name, "<f8", (width,)) for name in ("leak_a", "leak_b", "rates")]
     single_fields = [("normalized", "<i8"), *((name, "<f8") for name in single)]
     arrays += [("targets", "<f8", (levels,)), ("implicit_map", "<f8", (hidden * width,))]
-    return np.dtype([*single_fields, *arrays])
+    return np.dtype([*calibrator_fields(terms), *single_fields, *arrays])
 
 
 @cache
@@ -133,7 +143,8 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
         if j < size:
             v_item += w[j] * w[j] * s.delta_var[j]
 
-    event.score = read_out(theta, z, v_item)
+    added = calibration(theta, user, event, v_item)
+    event.score = calibrated(theta, z, v_item, added)
     event.updated = event.score
     event.uncertainty = math.sqrt(v_item)
     event.flags = screened(user, event)
@@ -146,7 +157,8 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
             z_new = z
             for j in range(size + 1):
                 z_new += (w0[j] + d[j] - w[j]) * x[j]
-            event.updated = read_out(theta, z_new, v_item)
+            event.updated = calibrated(theta, z_new, v_item, added)
+            take_note(theta, user, event, z, v_item)
             _write_user(user, event, item.hash, z, s)
             write_item(item, event.window, h, e, s)
         else:

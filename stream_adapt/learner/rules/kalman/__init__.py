@@ -26,14 +26,16 @@ def _first_user(model: Model) -> dict[str, npt.NDArray[np.float32]]:
 
 
 def _compiled(model: Model) -> AdaptRows:
-    return partial(step.adapt, step.theta_of(model.weights))
+    return partial(step.adapt, step.theta_of(model))
 
 
 def _batched(model: Model, device: str) -> AdaptRows:
     from stream_adapt.learner.rules import batching  # imports torch, which service on the CPU does without
     from stream_adapt.learner.rules.kalman.batched import EQUATIONS
 
-    return partial(batching.adapt_with, EQUATIONS, batching.Theta.of(model.weights, device))
+    return partial(
+        batching.adapt_with, EQUATIONS, batching.Theta.of(model.weights, device, model.spec.feedback.target_level)
+    )
 
 
 RULE = Rule(

@@ -27,6 +27,13 @@ from typing import Any
 import numpy as np
 from numba import njit
 
+from stream_adapt.learner.rules.calibrator import (
+    calibrated,
+    calibration,
+    calibrator_fields,
+    calibrator_numbers,
+    take_note,
+)
 from stream_adapt.learner.rules.compiled import (
     LARGEST,
     MS_PER_HOUR,
@@ -44,19 +51,22 @@ from stream_adapt.learner.rules.compiled import (
     write_item,
 )
 from stream_adapt.learner.rules.events import Array, Events, Scores
-from stream_adapt.models import SlowWeights
+from stream_adapt.models import Model
 
 
-def theta_of(weights: SlowWeights) -> Theta:
+def theta_of(model: Model) -> Theta:
     """θ of a loaded model as the compiled code reads it."""
+    weights = model.weights
     hidden, width = weights.implicit_map.shape
-    numbers = np.zeros(1, _numbers_type(width, len(weights.level_scores), hidden))
+    numbers = np.zeros(1, _numbers_type(width, len(weights.level_scores), hidden, model.spec.calibrator_terms))
     numbers["bias"], numbers["noise"] = weights.bias, weights.noise
     numbers["leak_a"], numbers["leak_b"] = weights.leak
     numbers["alpha"], numbers["kappa"], numbers["beta"] = weights.readout
     numbers["bias_variance"], numbers["offset_variance"] = weights.item_variance
     numbers["prior_variance"], numbers["level_scores"] = weights.prior_variance, weights.level_scores
     numbers["implicit_map"] = weights.implicit_map.ravel()
+    for name, value in calibrator_numbers(model).items():
+        numbers[name] = value
     return Theta.of(numbers, weights)
 
 
@@ -75,12 +85,12 @@ def adapt(theta: Theta, users: Array, items: Array, events: Events, out: Scores)
 
 
 @cache
-def _numbers_type(width: int, levels: int, hidden: int) -> np.dtype[Any]:
-    """θ's numbers: b, σ², leak, readout, an item's first variances, P₀ `[D+1]`, s `[L]`, Bᵀ `[H·(D+1)]`."""
+def _numbers_type(width: int, levels: int, hidden: int, terms: int) -> np.dtype[Any]:
+    """θ's numbers: b, σ², leak, readout, an item's first variances, P₀ `[D+1]`, s `[L]`, Bᵀ `[H·(D+1)]`, a `[K]`."""
     single = ("bias", "noise", "leak_a", "leak_b", "alpha", "kappa", "beta", "bias_variance", "offset_variance")
     arrays = [("prior_variance", "<f8", (width,)), ("level_scores", "<f8", (levels,))]
     arrays.append(("implicit_map", "<f8", (hidden * width,)))
-    return np.dtype([*((name, "<f8") for name in single), *arrays])
+    return np.dtype([*calibrator_fields(terms), *((name, "<f8") for name in single), *arrays])
 
 
 @cache
@@ -132,7 +142,8 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
             v_item += w[j] * w[j] * s.delta_var[j]
     v = _times_P(s)
 
-    event.score = read_out(theta, z, v + v_item)
+    added = calibration(theta, user, event, v + v_item)
+    event.score = calibrated(theta, z, v + v_item, added)
     event.updated = event.score
     event.uncertainty = math.sqrt(v + v_item)
     event.flags = screened(user, event)
@@ -145,7 +156,8 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
             z_new = z
             for j in range(size + 1):
                 z_new += (w0[j] + d[j] - w[j]) * x[j]
-            event.updated = read_out(theta, z_new, v_new + v_item)
+            event.updated = calibrated(theta, z_new, v_new + v_item, added)
+            take_note(theta, user, event, z, v + v_item)
             _write_user(user, event, item.hash, z, s)
             write_item(item, event.window, 1.0 / r, e / r, s)
         else:
