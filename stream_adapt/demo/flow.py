@@ -359,7 +359,7 @@ class _Demo:
             self._say("topics", f"{place.settings.app.name}.* stay on your broker until you delete them")
         self._say("plot", result.plot)
         self._console.print("\n[bold]Next[/bold]")
-        for command, what in _next_commands(self._model):
+        for command, what in _next_commands(self._model, drifted=self._options.drift):
             self._console.print(f"  [cyan]{command}[/cyan]\n      {what}")
 
     def _say(self, what: str, text: str) -> None:
@@ -401,9 +401,10 @@ def _news(story: Story | None, reader: Reader, tally: Tally) -> list[str]:
     return story.news(tally)
 
 
-def _next_commands(model: Path) -> list[tuple[str, str]]:
+def _next_commands(model: Path, *, drifted: bool) -> list[tuple[str, str]]:
+    drift = ("stream-adapt demo --drift", "the world changes on the way, and the model is refreshed; some minutes")
     return [
-        ("stream-adapt demo --drift", "the world changes on the way, and the model is refreshed; some minutes"),
+        *(() if drifted else (drift,)),
         ("stream-adapt demo movielens-1m", "ten times the events; pretraining takes some minutes"),
         ("stream-adapt demo LOG.csv --mapping MAPPING.yaml", "your own log"),
         ("stream-adapt broker --port 9092", "an Apache Kafka of your own, to be left running; then, beside it:"),
