@@ -55,6 +55,7 @@ lint: setup ## ruff and mypy
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy deploy/observe
 
 format: setup ## let ruff mend what it can
 	$(BIN)/ruff check --fix .

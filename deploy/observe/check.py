@@ -134,7 +134,7 @@ def run_check(folder: Path, console: Console) -> Judged:
     settings = Settings(
         scrape_s=SCRAPE_S,
         rules=shortened(RULES.read_text(encoding="utf-8")),
-        broker=chaos_broker.properties(timeouts),
+        broker=chaos_broker.properties(timeouts, replicas=1),
         member={
             "kafka": {
                 "session_timeout_ms": int(timeouts.session_s * 1000),
@@ -357,7 +357,7 @@ class _Check:
         self._say(f"{situation.__name__.replace('_', ' ')}: {', '.join(sorted(expected))}")
         # After the crash its member stays away: the next situation begins with its start.
         lasting = _full({"Down"}) if situation.__name__ == "a_crash" else set()
-        began, fired = time.monotonic(), set()
+        began, fired = time.monotonic(), set[str]()
         with situation():
             while not expected <= fired and time.monotonic() - began < _FIRE_TIMEOUT_S:
                 fired |= self._prometheus.firing()
