@@ -266,8 +266,7 @@ class _Check:
         yield
         world.scrape("a")
         world.end("twin")
-        world.supervise()
-        world.wait_ready("a")
+        self._recover("a")
 
     @contextmanager
     def no_scores_topic(self) -> Iterator[None]:
@@ -277,8 +276,7 @@ class _Check:
             deleted.result()
         yield
         self._world.create_topics()
-        self._world.supervise()
-        self._world.wait_ready("a")
+        self._recover("a")
 
     @contextmanager
     def a_broker_that_stands_still(self) -> Iterator[None]:
