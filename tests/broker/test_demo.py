@@ -166,7 +166,7 @@ QUICK = {
     },
     "refresh": {
         "mode": "child",
-        "settle_events": 1_500,
+        "settle_events": 3_000,  # of fewer the challenger is too little better
         "training_s": 10,
         "shadow_events": 500,
         "error": 0.1,
