@@ -40,6 +40,8 @@ SCRAPE_S = 1.0
 CALM_S = 25.0
 _FIRE_TIMEOUT_S = 90.0
 _QUIET_TIMEOUT_S = 120.0
+#: How often a broker is stopped to catch a transaction, and for how long each time.
+_TRIES, _HELD_S = 20, 1.5
 #: What a situation led to late is still its own: a window and a `for`.
 _QUIET_S = 10.0
 #: Windows, `for` and thresholds of the shipped rules → those of the check, whose situations last seconds.
@@ -280,10 +282,16 @@ class _Check:
 
     @contextmanager
     def a_broker_that_stands_still(self) -> Iterator[None]:
-        """SIGSTOP to the only broker."""
+        """SIGSTOP to the only broker, in the middle of a transaction: without one a loop goes on turning."""
         pid = self._world.kafka.pid
         assert pid is not None
-        os.kill(pid, signal.SIGSTOP)
+        for _ in range(_TRIES):
+            os.kill(pid, signal.SIGSTOP)
+            time.sleep(_HELD_S)
+            if self._world.stands_still_s("a") > _HELD_S / 2:
+                break
+            os.kill(pid, signal.SIGCONT)
+            time.sleep(_HELD_S)
         try:
             yield
         finally:

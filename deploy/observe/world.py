@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -153,6 +154,15 @@ class World:
             if self.members[name].poll() is not None or time.monotonic() > deadline:
                 raise ObserveError(f"{name} is not ready: see {self.folder / name}.log")
             time.sleep(0.2)
+
+    def stands_still_s(self, name: str) -> float:
+        """Since a member's loop last turned, as the member says."""
+        with urllib.request.urlopen(f"{self.url_of(name)}/metrics", timeout=5) as answer:
+            told = answer.read().decode()
+        found = re.search(r"^stream_adapt_last_turn_timestamp_seconds\S* (\S+)$", told, re.MULTILINE)
+        if found is None:
+            raise ObserveError(f"{name} does not say when its loop last turned")
+        return time.time() - float(found[1])
 
     def url_of(self, name: str) -> str:
         """Of a member's port."""
