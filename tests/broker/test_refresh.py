@@ -164,7 +164,8 @@ def _harmed_in_every_state(stage: Stage, harm: Callable[[State], object]) -> Ref
     again = stage.until(lambda s: s.request == request and s.state in RESTING and s.last != end.last)
     assert again.last is not None
     assert again.last.trigger is not None
-    assert "asked" == again.last.trigger.kind
+    # What is asked for while one is under way that the growth of the new world began is answered by that one.
+    assert again.last.trigger.kind in ("asked", "grown")
     return end
 
 
@@ -206,7 +207,11 @@ def test_a_member_that_is_killed_in_every_state_leaves_a_refresh_that_goes_on(st
 
 @pytest.mark.slow
 def test_a_broker_that_goes_away_in_every_state_leaves_a_refresh_that_goes_on(tmp_path: Path) -> None:
-    """By SIGTERM and by SIGKILL, in turn."""
+    """By SIGTERM and by SIGKILL, in turn.
+
+    One broker without replicas may leave a transaction open for good where it is restarted (benchmarks/chaos.md): then
+    this fails, with a restore that stalls. It needs the two brokers of chaos.
+    """
     with EmbeddedKafka(tmp_path / "kafka", properties=IMPATIENT) as kafka, ExitStack() as stack:
         app = App("refreshed", RunningBroker(kafka.bootstrap_servers, "embedded"), tmp_path / "app", 2)
         app.folder.mkdir()
