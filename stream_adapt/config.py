@@ -259,6 +259,13 @@ class StateSection(_Section):
         description="A restore that does not advance for so long is given up. Above the transaction timeout: an open "
         "transaction in the changelog is waited for.",
     )
+    row_format: int = Field(
+        2,
+        ge=1,
+        le=2,
+        description="How rows are written to the changelog. 1, which takes about twice the bytes: while a release that "
+        "reads no other is in the group, or may have to come back.",
+    )
 
 
 class RefreshSettings(_Section):

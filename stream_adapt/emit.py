@@ -30,7 +30,7 @@ from stream_adapt.record import (
     TopicNames,
 )
 from stream_adapt.state.overlay import Overlay
-from stream_adapt.state.row import CONTROL_KEY, PREFIX, ControlRow
+from stream_adapt.state.row import CONTROL_KEY, PREFIX, ROW_FORMAT, ControlRow
 from stream_adapt.state.table import Slots, Table
 
 #: Headers of our own begin with this.
@@ -56,8 +56,10 @@ class Emitter:
         target_level: int,
         now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
         codec: OutputCodec | None = None,
+        row_format: int = ROW_FORMAT,
     ) -> None:
-        """Nothing is encoded yet; without a codec outputs are JSON."""
+        """Nothing is encoded yet; without a codec outputs are JSON. Rows are written in this format."""
+        self._row_format = row_format
         self._codec = codec or JsonOutput()
         self._topics = topics
         self.model_version = model_version  # that scores name
@@ -145,7 +147,7 @@ class Emitter:
             yield _by_partition(topic, *zip(*removed, strict=True))
         for table, slots in overlay.changed():
             if len(slots):
-                yield _changed(topic, table, slots)
+                yield self._changed(table, slots)
         controls = [(CONTROL_KEY, row.to_bytes(), row.partition) for row in shards]
         if controls:
             yield _by_partition(topic, *zip(*controls, strict=True))
@@ -154,6 +156,12 @@ class Emitter:
         """Learning records with these summaries, for the topic's one partition."""
         values = list(learning.encode(summaries, self._now_ms()))
         return _by_partition(self._topics.learning, [None] * len(values), values, [0] * len(values))
+
+    def _changed(self, table: Table, slots: Slots) -> Outputs:
+        prefix = PREFIX[table.layout.kind].decode()
+        keys = [f"{prefix}{row_id}".encode() for row_id in table.ids[slots].tolist()]
+        values = table.layout.to_values(table.rows, slots, self._row_format)
+        return _by_partition(self._topics.changelog, keys, values, table.partition_of[slots].tolist())
 
     def _headers(self, letter: DeadLetter, truncated: bool) -> list[tuple[str, bytes | None]]:
         headers: list[tuple[str, bytes | None]] = [
@@ -171,12 +179,6 @@ class Emitter:
 def _is_kept(name: str) -> bool:
     """Whether a refused record's header stays: of our own only the count of replays does."""
     return name == REPLAYS_HEADER or not name.startswith(HEADER_PREFIX)
-
-
-def _changed(topic: str, table: Table, slots: Slots) -> Outputs:
-    prefix = PREFIX[table.layout.kind].decode()
-    keys = [f"{prefix}{row_id}".encode() for row_id in table.ids[slots].tolist()]
-    return _by_partition(topic, keys, table.layout.to_values(table.rows, slots), table.partition_of[slots].tolist())
 
 
 def _by_partition(

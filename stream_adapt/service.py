@@ -298,7 +298,13 @@ def build_pipeline(config: Config, model: Model, topics: TopicNames) -> Pipeline
     return Pipeline(
         build_decoder(config, model, formats),
         Adapter(model, config.model.device, screen_of(config), folder=rows_folder(config), ttl_s=config.state.ttl_s),
-        Emitter(topics, model.version, model.spec.feedback.target_level, codec=formats.output),
+        Emitter(
+            topics,
+            model.version,
+            model.spec.feedback.target_level,
+            codec=formats.output,
+            row_format=config.state.row_format,
+        ),
         late_is_dead=config.input.late == "dead_letter",
         emit_from_ms=config.output.emit_from,
     )

@@ -3,10 +3,15 @@
 A rule declares the fields of its rows (`learner/rules/`); here they become one aligned NumPy record, and,
 in the changelog, a versioned and checksummed value (little-endian):
 
-    format u16 · kind u8 · reserved u8 · fingerprint of the layout u32 · body (the record) · CRC-32 of all before it u32
+    format u16 · kind u8 · reserved u8 · fingerprint of the layout u32 · body · CRC-32 of all before it u32
 
-Every format begins with its number and ends with that checksum, so that a newer one is told from a damaged one. The
-control row of a shard says where the shard stands; its body is MessagePack, its fields are the same for every rule.
+Every format begins with its number and ends with that checksum, so that a newer one is told from a damaged one. What
+the body is:
+
+    format 1  the record
+    format 2  a mask, and those of the record's words of eight bytes that are not zero (`packing.py`)
+
+The control row of a shard says where the shard stands; its body is MessagePack, its fields are the same for every rule.
 """
 
 from __future__ import annotations
@@ -23,8 +28,12 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-#: Version of the row bytes. Format N reads N−1; a newer one is refused.
-ROW_FORMAT = 1
+from stream_adapt.state.packing import WORD_BYTES, mask_words, pack, unpack
+
+#: Version of the row bytes. Format N reads N−1, and writes it where it is asked to; a newer one is refused.
+ROW_FORMAT = 2
+#: Version of the control row's bytes, which older releases are to read while they still work in the group.
+CONTROL_FORMAT = 1
 
 _HEADER = struct.Struct("<HBBI")
 _CHECKSUM = struct.Struct("<I")
@@ -32,6 +41,9 @@ _CHECKSUM = struct.Struct("<I")
 _EXTRA_BYTES = _HEADER.size + _CHECKSUM.size
 #: Rows that become values together: they stay in the processor's cache.
 _BLOCK = 256
+#: What fills a value up to a whole word; and what stands for one that cannot be a row's: its checksum is wrong.
+_TO_A_WORD = bytes(WORD_BYTES - _CHECKSUM.size)
+_NO_VALUE = bytes(_EXTRA_BYTES)
 #: The CRC-32 of anything that ends with its own CRC-32, little-endian: a value is checked in one call, uncut.
 _RESIDUE = 0x2144DF1C
 
@@ -61,8 +73,8 @@ class RowError(ValueError):
 class NewerFormat(RowError):
     """Undamaged, and written by a newer release."""
 
-    def __init__(self, row_format: int) -> None:
-        super().__init__(f"row format {row_format}, this release reads up to {ROW_FORMAT}: upgrade", "newer_format")
+    def __init__(self, row_format: int, newest: int) -> None:
+        super().__init__(f"row format {row_format}, this release reads up to {newest}: upgrade", "newer_format")
 
 
 class OtherLayout(RowError):
@@ -92,7 +104,11 @@ class Layout:
 
     @cached_property
     def dtype(self) -> np.dtype[Any]:
-        """The aligned record type of a slab. Gaps are fields, too, because NumPy's copies skip bytes without a name."""
+        """The aligned record type of a slab. Gaps are fields, too, because NumPy's copies skip bytes without a name.
+
+        Raises:
+            ValueError: a row would not be whole words of eight bytes.
+        """
         aligned = np.dtype([(f.name, f.dtype, f.shape) for f in self.fields], align=True)
         starts = [aligned.fields[f.name][1] for f in self.fields] if aligned.fields else []
         ends = [start + np.dtype((f.dtype, f.shape)).itemsize for f, start in zip(self.fields, starts, strict=True)]
@@ -101,6 +117,8 @@ class Layout:
             named.append((f.name, f.dtype, f.shape))
             if end < following:
                 named.append((f"gap_{end}", "u1", (following - end,)))
+        if aligned.itemsize % WORD_BYTES:
+            raise ValueError(f"a row of {aligned.itemsize} bytes, not a multiple of {WORD_BYTES}: add or widen a field")
         return np.dtype(named, align=True)
 
     @property
@@ -114,62 +132,70 @@ class Layout:
         told = ";".join(f"{f.name}:{np.dtype(f.dtype).str}:{f.shape}" for f in self.fields)
         return zlib.crc32(f"{self.kind.name};{told}".encode())
 
-    @property
-    def _header(self) -> bytes:
-        return _HEADER.pack(ROW_FORMAT, self.kind, 0, self.fingerprint)
-
-    def to_values(self, slab: npt.NDArray[Any], slots: npt.NDArray[np.int64]) -> list[bytes]:
-        """Rows at m slots of a slab → m values, as `to_bytes` makes them."""
-        size, head = _EXTRA_BYTES + self.row_bytes, _HEADER.size
-        rows = slab.view(np.uint8).reshape(len(slab), self.row_bytes)
-        block = np.empty((_BLOCK, size), np.uint8)
-        block[:, :head] = np.frombuffer(self._header, np.uint8)
-        flat = block.reshape(-1).data
-        starts = range(0, len(flat), size)
+    def to_values(
+        self, slab: npt.NDArray[Any], slots: npt.NDArray[np.int64], row_format: int = ROW_FORMAT
+    ) -> list[bytes]:
+        """Rows at m slots of a slab → m values, in this format or the one before it."""
+        words, mask = self.row_bytes // WORD_BYTES, self._mask_words(row_format)
+        rows = slab.view(np.uint64).reshape(len(slab), words)
+        block = np.empty((_BLOCK, 1 + mask + words + 1), np.uint64)  # the last for the checksum
+        flat, line = block.reshape(-1).view(np.uint8).data, block.shape[1] * WORD_BYTES
         values: list[bytes] = []
         for first in range(0, len(slots), _BLOCK):
             part = slots[first : first + _BLOCK]
-            count, checked = len(part), size - _CHECKSUM.size
-            block[:count, head:checked] = rows.take(part, axis=0)
-            checksums = [zlib.crc32(flat[at : at + checked]) for at in starts[:count]]
-            block[:count, checked:] = np.array(checksums, "<u4").view(np.uint8).reshape(count, -1)
+            counts = pack(rows.take(part, axis=0), self._header(row_format), mask, block)
+            starts = range(0, line * len(part), line)
+            ends = np.arange(len(part)) * line + counts * WORD_BYTES + _CHECKSUM.size
             joined = flat.tobytes()
-            values += [joined[at : at + size] for at in starts[:count]]
+            values += [joined[start:end] for start, end in zip(starts, ends.tolist(), strict=True)]
         return values
 
     def from_values(self, values: Sequence[bytes]) -> tuple[npt.NDArray[Any], npt.NDArray[np.bool_]]:
         """Values → rows `[m]`, and which of them are intact and of this layout; `from_bytes` says what others are."""
-        size = _EXTRA_BYTES + self.row_bytes
         lengths = np.fromiter(map(len, values), np.int64, len(values))
-        if (lengths != size).any():
-            values = [value if len(value) == size else bytes(size) for value in values]
-        intact = np.fromiter(map(zlib.crc32, values), np.uint32, len(values)) == _RESIDUE
-        content = np.frombuffer(b"".join(values), np.uint8).reshape(len(values), size)
-        header = np.frombuffer(self._header, np.uint8)
-        intact &= (content[:, : _HEADER.size] == header).all(axis=1)
-        rows = np.ascontiguousarray(content[:, _HEADER.size : -_CHECKSUM.size]).reshape(-1).view(self.dtype)
-        return rows, intact
+        possible = (lengths >= _EXTRA_BYTES) & (lengths % WORD_BYTES == _CHECKSUM.size)
+        if not possible.all():
+            values = [value if fits else _NO_VALUE for value, fits in zip(values, possible.tolist(), strict=True)]
+            lengths[~possible] = len(_NO_VALUE)
+        content = np.frombuffer(_TO_A_WORD.join([*values, b""]), np.uint64)
+        counts = lengths // WORD_BYTES
+        starts = np.cumsum(counts + 1) - (counts + 1)
+        formats = (ROW_FORMAT - 1, ROW_FORMAT)
+        headers = np.array([self._header(row_format) for row_format in formats])
+        masks = np.array([self._mask_words(row_format) for row_format in formats])
+        rows = np.zeros((len(values), self.row_bytes // WORD_BYTES), np.uint64)
+        known = unpack(content, starts, counts, headers, masks, rows)
+        return rows.reshape(-1).view(self.dtype), known
 
     def to_bytes(self, row: npt.NDArray[Any]) -> bytes:
-        """Row (a 0-d or 1-element record) → header and body."""
-        return _sealed(self.kind, self.fingerprint, np.ascontiguousarray(row).tobytes())
+        """Row (a 0-d or 1-element record) → its value."""
+        return self.to_values(np.ascontiguousarray(row).reshape(1), np.zeros(1, np.int64))[0]
 
     def from_bytes(self, content: bytes) -> npt.NDArray[Any]:
-        """Header and body → one row.
+        """A value → one row.
 
         Raises:
             NewerFormat: undamaged, by a newer release.
             OtherLayout: undamaged, of another model's form.
             RowError: damaged: truncated, a wrong checksum, or another kind.
         """
-        fingerprint, body = _opened(content, self.kind)
-        if fingerprint != self.fingerprint or len(body) != self.row_bytes:
+        rows, known = self.from_values([content])
+        if not known[0]:
+            fingerprint, _ = _opened(content, self.kind, ROW_FORMAT)
+            if fingerprint == self.fingerprint:
+                raise RowError(f"{len(content)} bytes have not the words of a row that they say: damaged", "length")
             raise OtherLayout(
-                f"layout {fingerprint:08x} of {len(body)} bytes; the model that is served has {self.fingerprint:08x} "
-                f"of {self.row_bytes} bytes",
+                f"layout {fingerprint:08x}; the model that is served has {self.fingerprint:08x} of {self.row_bytes} "
+                "bytes",
                 "other_layout",
             )
-        return np.frombuffer(body, dtype=self.dtype).copy()
+        return rows
+
+    def _header(self, row_format: int) -> np.uint64:
+        return np.frombuffer(_HEADER.pack(row_format, self.kind, 0, self.fingerprint), np.uint64)[0]  # type: ignore[no-any-return]
+
+    def _mask_words(self, row_format: int) -> int:
+        return mask_words(self.row_bytes // WORD_BYTES) if row_format == ROW_FORMAT else 0
 
     def describe(self) -> str:
         """The layout as a Markdown table, offsets and bytes included."""
@@ -195,7 +221,8 @@ class ControlRow(msgspec.Struct):
 
     def to_bytes(self) -> bytes:
         """Header and MessagePack."""
-        return _sealed(Kind.CONTROL, 0, msgspec.msgpack.encode(self))
+        content = _HEADER.pack(CONTROL_FORMAT, Kind.CONTROL, 0, 0) + msgspec.msgpack.encode(self)
+        return content + _CHECKSUM.pack(zlib.crc32(content))
 
     @classmethod
     def from_bytes(cls, content: bytes) -> ControlRow:
@@ -205,7 +232,7 @@ class ControlRow(msgspec.Struct):
             NewerFormat: undamaged, by a newer release.
             RowError: damaged.
         """
-        _, body = _opened(content, Kind.CONTROL)
+        _, body = _opened(content, Kind.CONTROL, CONTROL_FORMAT)
         try:
             return msgspec.msgpack.decode(body, type=cls)
         except (msgspec.DecodeError, UnicodeDecodeError) as error:
@@ -220,20 +247,15 @@ def fingerprint_of(content: bytes) -> int | None:
     return fingerprint if row_format <= ROW_FORMAT else None
 
 
-def _sealed(kind: Kind, fingerprint: int, body: bytes) -> bytes:
-    content = _HEADER.pack(ROW_FORMAT, kind, 0, fingerprint) + body
-    return content + _CHECKSUM.pack(zlib.crc32(content))
-
-
-def _opened(content: bytes, kind: Kind) -> tuple[int, bytes]:
+def _opened(content: bytes, kind: Kind, newest: int) -> tuple[int, bytes]:
     """Fingerprint and body of a value that is undamaged and of this kind."""
     if len(content) < _EXTRA_BYTES:
         raise RowError(f"{len(content)} bytes are fewer than an empty row's {_EXTRA_BYTES}: damaged", "length")
     if zlib.crc32(content) != _RESIDUE:
         raise RowError("checksum differs: damaged", "checksum")
     row_format, found, _, fingerprint = _HEADER.unpack_from(content)
-    if row_format > ROW_FORMAT:
-        raise NewerFormat(row_format)
+    if row_format > newest:
+        raise NewerFormat(row_format, newest)
     if found != kind:
         raise RowError(f"kind {found}, expected {kind.value} ({kind.name.lower()})", "kind")
     return fingerprint, content[_HEADER.size : -_CHECKSUM.size]

@@ -113,11 +113,11 @@ class Table:
     def _slots_of(self, partition: int, row_ids: Sequence[str]) -> list[int]:
         index = self._index.setdefault(partition, {})
         found = [*map(index.get, row_ids)]
-        if None in found:
-            new = dict.fromkeys(row_id for row_id, slot in zip(row_ids, found, strict=True) if slot is None)
-            self._insert(partition, list(new))
-            return [*map(index.__getitem__, row_ids)]
-        return cast("list[int]", found)
+        if None not in found:
+            return cast("list[int]", found)
+        new = dict.fromkeys([row_id for row_id, slot in zip(row_ids, found, strict=True) if slot is None])
+        slots = self._insert(partition, [*new])
+        return slots if len(slots) == len(row_ids) else [*map(index.__getitem__, row_ids)]
 
     def load(self, partition: int, ids: Sequence[str], rows: npt.NDArray[Any]) -> None:
         """Puts m rows `[m]` as they are, over those of equal ids; of equal ids among them the last counts.
@@ -221,13 +221,15 @@ class Table:
         self._times[changed] = self.rows["last_ms"][changed]
         self._seen_in[partition] = self._round
 
-    def _insert(self, partition: int, row_ids: list[str]) -> None:
-        """Starts m rows that are not there yet."""
+    def _insert(self, partition: int, row_ids: list[str]) -> list[int]:
+        """Starts m rows that are not there yet; returns their slots."""
         slots = self._link(partition, row_ids)
-        self.created.extend(slots.tolist())
+        taken: list[int] = slots.tolist()
+        self.created += taken
         self._bytes[slots] = 0
         self._touched_in[slots] = self._round
         self._start(self.rows, slots, row_ids)
+        return taken
 
     def _link(self, partition: int, row_ids: Sequence[str]) -> Slots:
         """Slots `[m]` for new rows, entered in the index; their bytes are anything."""

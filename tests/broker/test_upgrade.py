@@ -1,8 +1,9 @@
 """A rolling upgrade, and the way back, between two builds of this program on a real Apache Kafka.
 
-The older build is the last one whose models have the format before this one's, and whose control rows and topics are
-those from before models were announced. It is taken from the repository's history; what a build without history is held
-to is in `tests/unit/test_releases.py`.
+The older build is the last one whose models and rows have the format before this one's, and whose control rows and
+topics are those from before models were announced. While it may come back this build writes rows as that one does; then
+members are started again without `state.row_format`, and write them in their own format. The older build is taken from
+the repository's history; what a build without history is held to is in `tests/unit/test_releases.py`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from broker_app import ITEMS, RUN, App, event
 
 from stream_adapt.local import cache_folder
 from stream_adapt.models import MODEL_FORMAT, read_model
-from stream_adapt.state.row import CONTROL_KEY
+from stream_adapt.state.row import CONTROL_KEY, ROW_FORMAT
 from stream_adapt.testing.broker import read_all
 
 pytestmark = [pytest.mark.broker, pytest.mark.slow, pytest.mark.timeout(1_500)]
@@ -80,6 +81,11 @@ def rows(app: App) -> dict[tuple[int, bytes], bytes]:
     return {where: value for where, value in last.items() if value is not None and where[1] != CONTROL_KEY}
 
 
+def formats(app: App) -> set[int]:
+    """Of the rows in the changelog."""
+    return {int.from_bytes(value[:2], "little") for value in rows(app).values()}
+
+
 def test_members_are_replaced_by_a_newer_build_one_by_one_and_back_again(
     make_app: Callable[..., App], old_build: Path
 ) -> None:
@@ -90,8 +96,9 @@ def test_members_are_replaced_by_a_newer_build_one_by_one_and_back_again(
     assert MODEL_FORMAT - 1 == json.loads(manifest.read_bytes())["format"]
 
     old = (*program(old_build, "import stream_adapt.cli; print(stream_adapt.__file__); stream_adapt.cli.main()"), "run")
-    instances = {name: app.config(name, model={"path": str(models)}) for name in ("a", "b")}
-    members = {name: app.start(config=instances[name], command=old) for name in instances}
+    for_old = {name: app.config(name, model={"path": str(models)}) for name in ("a", "b")}
+    for_both = {name: app.config(name, model={"path": str(models)}, state={"row_format": 1}) for name in for_old}
+    members = {name: app.start(config=config, command=old) for name, config in for_old.items()}
     sent = 0
 
     def go_on() -> None:
@@ -101,11 +108,11 @@ def test_members_are_replaced_by_a_newer_build_one_by_one_and_back_again(
         sent += PHASE
         app.wait_for_outputs(sent, timeout_s=180)
 
-    def replace(name: str, command: tuple[str, ...], sent_signal: int = signal.SIGTERM) -> None:
+    def replace(name: str, config: Path, command: tuple[str, ...], sent_signal: int = signal.SIGTERM) -> None:
         assert (0 if sent_signal == signal.SIGTERM else -sent_signal) == app.stop(members[name], sent_signal), app.log()
-        log = instances[name].with_suffix(".log")
-        so_far = log.read_text().count("partitions assigned")
-        members[name] = app.start(config=instances[name], command=command)
+        log = config.with_suffix(".log")
+        so_far = log.read_text().count("partitions assigned") if log.exists() else 0
+        members[name] = app.start(config=config, command=command)
         deadline = time.monotonic() + 180
         while log.read_text().count("partitions assigned") == so_far:  # it has its share before events flow again
             assert time.monotonic() < deadline, app.log()[-3000:]
@@ -113,12 +120,17 @@ def test_members_are_replaced_by_a_newer_build_one_by_one_and_back_again(
         go_on()
 
     go_on()
-    replace("a", RUN)  # up
-    replace("b", RUN, signal.SIGKILL)
-    replace("a", old)  # and down again
-    replace("b", old)
-    replace("a", RUN, signal.SIGKILL)  # and up for good
-    replace("b", RUN)
+    replace("a", for_both["a"], RUN)  # up
+    replace("b", for_both["b"], RUN, signal.SIGKILL)
+    replace("a", for_old["a"], old)  # and down again
+    replace("b", for_old["b"], old)
+    replace("a", for_both["a"], RUN, signal.SIGKILL)  # and up for good
+    replace("b", for_both["b"], RUN)
+    assert {ROW_FORMAT - 1} == formats(app)
+    replace("a", for_old["a"], RUN)  # rows of both formats
+    replace("b", for_old["b"], RUN, signal.SIGKILL)
+    go_on()
+    assert ROW_FORMAT in formats(app)
     for member in members.values():
         assert 0 == app.stop(member), app.log()[-3000:]
     assert f"{old_build}/stream_adapt/__init__.py" in app.log()

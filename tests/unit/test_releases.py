@@ -14,11 +14,13 @@ from typing import Any
 import msgspec
 import numpy as np
 import pytest
+from pydantic import ValidationError
 from test_restorer import Log
 
 from stream_adapt import learning
 from stream_adapt.adapt import Adapter
 from stream_adapt.announcements import Announcement
+from stream_adapt.config import Config, StateSection
 from stream_adapt.decode import Decoder
 from stream_adapt.drift import ALARM_FORMAT, Alarm
 from stream_adapt.emit import Emitter
@@ -29,7 +31,8 @@ from stream_adapt.record import RawBatch, Score, TopicNames
 from stream_adapt.refresh.record import FORMAT as REFRESH_FORMAT
 from stream_adapt.refresh.record import RefreshState, Request
 from stream_adapt.restore import Expected, Restorer
-from stream_adapt.state.row import CONTROL_KEY, ROW_FORMAT, ControlRow, Kind, Layout
+from stream_adapt.service import build_pipeline
+from stream_adapt.state.row import CONTROL_FORMAT, CONTROL_KEY, ROW_FORMAT, ControlRow, Kind, Layout
 
 RELEASES = sorted(path for path in (Path(__file__).parents[1] / "data" / "releases").iterdir() if path.is_dir())
 #: The clock of all recordings.
@@ -86,8 +89,9 @@ def test_there_is_a_recording_of_this_release_and_of_one_before_it() -> None:
     assert {MODEL_FORMAT - 1, MODEL_FORMAT} <= formats
     kinds = {kind for release in RELEASES for kind in recording(release).others}
     assert {"learning", "announcement", "alarm", "refresh", "request"} == kinds
-    written = {int.from_bytes(value[:2], "little") for r in RELEASES for _, value in recording(r).changelog if value}
-    assert ROW_FORMAT in written
+    changelogs = [recording(release).changelog for release in RELEASES]
+    rows = [value for changelog in changelogs for key, value in changelog if value and key != CONTROL_KEY]
+    assert {ROW_FORMAT - 1, ROW_FORMAT} <= {int.from_bytes(value[:2], "little") for value in rows}
 
 
 @pytest.mark.parametrize("release", RELEASES, ids=lambda path: path.name)
@@ -135,14 +139,32 @@ def test_other_records_of_a_release_are_read(release: Path) -> None:
             assert json.loads(value).items() <= json.loads(msgspec.json.encode(read[kind](value))).items()
 
 
+def test_rows_are_written_in_this_format_or_where_asked_in_the_one_before() -> None:
+    assert ROW_FORMAT == StateSection().row_format
+    for row_format in (ROW_FORMAT - 1, ROW_FORMAT):
+        config = Config(
+            model={"path": RELEASES[0] / "models"},
+            input={"max_future_s": 10**9},
+            state={"rows": "memory", "row_format": row_format},
+        )
+        pipeline = build_pipeline(config, read_model(RELEASES[0] / "models"), TopicNames.of("app"))
+        assert [] == pipeline(raw(recording(RELEASES[0]).events[:20], 0)).dead_letters
+        values = [value for block in pipeline.changes([]) for value in block.values if value]
+        assert {row_format} == {int.from_bytes(value[:2], "little") for value in values}
+    for row_format in (ROW_FORMAT - 2, ROW_FORMAT + 1):
+        with pytest.raises(ValidationError, match="row_format"):
+            StateSection(row_format=row_format)
+
+
 def test_the_readme_says_which_formats_there_are() -> None:
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     formats = {
-        "rows and control rows": ROW_FORMAT,
+        "rows": ROW_FORMAT,
+        "control rows": CONTROL_FORMAT,
         "models: manifest": MODEL_FORMAT,
         "where a refresh is": REFRESH_FORMAT,
         "learning records, alarms": LEARNING_FORMAT,
     }
     assert LEARNING_FORMAT == ALARM_FORMAT
     for what, number in formats.items():
-        assert re.search(rf"^\| {what}[^|]*\| {number} \|", text, re.MULTILINE), what
+        assert re.search(rf"^\| {what}[^|]*\| {number}\b", text, re.MULTILINE), what

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import zlib
 from collections import Counter
 from collections.abc import Collection
@@ -9,20 +10,34 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from stream_adapt.errors import StateMismatch
 from stream_adapt.kafka.changelog import Records, Tail
 from stream_adapt.record import TopicNames
 from stream_adapt.restore import Expected, Restorer, Slice
-from stream_adapt.state.row import CONTROL_KEY, ControlRow, Field, Kind, Layout, NewerFormat, OtherLayout, RowError
+from stream_adapt.state.row import (
+    CONTROL_KEY,
+    ROW_FORMAT,
+    ControlRow,
+    Field,
+    Kind,
+    Layout,
+    NewerFormat,
+    OtherLayout,
+    RowError,
+)
 from stream_adapt.state.table import Table
 
 USER = Layout(Kind.USER, (Field("count", "<i8", (), "events"), Field("w", "<f4", (3,), "weights")))
 ITEM = Layout(Kind.ITEM, (Field("c", "<f4", (2,), "bias"),))
+LONG = Layout(Kind.USER, (Field("w", "<u8", (65,), "a word more than a word of the mask says"),))
 ITEM_ZERO = ITEM.to_bytes(np.zeros((), ITEM.dtype))
+#: Words of rows, many of them zero.
+WORDS = st.one_of(st.just(0), st.integers(0, 2**64 - 1))
 EXPECTED = Expected(TopicNames.of("shop"), "shop", "topic-1", exactly_once=True)
 
 
@@ -100,10 +115,10 @@ def restored(
     return counts, sum((Counter(s.refused) for s in slices), Counter())
 
 
-@given(st.lists(st.binary(min_size=24, max_size=24), max_size=20), st.data())
-def test_values_made_in_bulk_are_those_made_one_by_one(rows: list[bytes], data: st.DataObject) -> None:
-    assert USER.row_bytes == 24
-    slab = np.frombuffer(b"".join(rows), USER.dtype) if rows else np.zeros(0, USER.dtype)
+@settings(deadline=None)  # compiles
+@given(st.lists(st.lists(WORDS, min_size=3, max_size=3), max_size=20), st.data())
+def test_values_made_in_bulk_are_those_made_one_by_one(rows: list[list[int]], data: st.DataObject) -> None:
+    slab = np.array(rows, np.uint64).reshape(-1).view(USER.dtype)
     slots = np.array(data.draw(st.permutations(range(len(rows)))), dtype=np.int64)
     values = USER.to_values(slab, slots)
     assert [USER.to_bytes(slab[slot]) for slot in slots] == values
@@ -112,10 +127,54 @@ def test_values_made_in_bulk_are_those_made_one_by_one(rows: list[bytes], data: 
     assert slab[slots].tobytes() == found.tobytes()
 
 
-@given(st.integers(0, 10**6), st.integers(0, 35), st.integers(1, 255))
+@settings(deadline=None)  # compiles
+@given(st.lists(WORDS, min_size=65, max_size=65), st.lists(WORDS, min_size=65, max_size=65))
+def test_rows_of_both_formats_are_read_side_by_side(one: list[int], other: list[int]) -> None:
+    slab = np.array([one, other], np.uint64).reshape(-1).view(LONG.dtype)
+    newer, older = LONG.to_values(slab, np.array([0])), LONG.to_values(slab, np.array([1]), ROW_FORMAT - 1)
+    assert 8 * (1 + 2 + np.count_nonzero(one)) + 4 == len(newer[0])
+    assert 8 * (1 + 65) + 4 == len(older[0])
+    found, intact = LONG.from_values([*older, *newer])
+    assert intact.all()
+    assert slab[[1, 0]].tobytes() == found.tobytes()
+    assert slab[1].tobytes() == LONG.from_bytes(older[0]).tobytes()
+
+
+def test_the_format_before_is_header_record_and_checksum() -> None:
+    row = np.zeros(1, USER.dtype)
+    row["count"] = 7
+    content = struct.pack("<HBBI", 1, Kind.USER, 0, USER.fingerprint) + row.tobytes()
+    assert [content + zlib.crc32(content).to_bytes(4, "little")] == USER.to_values(row, np.array([0]), 1)
+
+
+def test_an_empty_row_is_a_header_a_mask_and_a_checksum() -> None:
+    assert 8 + 16 + 4 == len(LONG.to_bytes(np.zeros((), LONG.dtype)))
+    assert 8 + 8 + 4 == len(ITEM_ZERO)
+
+
+@pytest.mark.parametrize(("word", "bit"), [(1, 63), (1, 0), (2, 0)])
+@pytest.mark.parametrize("row", [np.zeros(65, np.uint64), np.ones(65, np.uint64)], ids=["empty", "full"])
+def test_a_mask_that_says_other_words_than_there_are_is_damage(row: npt.NDArray[Any], word: int, bit: int) -> None:
+    words = np.frombuffer(LONG.to_bytes(row.view(LONG.dtype))[:-4], np.uint64).copy()
+    words[word] ^= np.uint64(1 << bit)
+    content = words.tobytes()
+    value = content + zlib.crc32(content).to_bytes(4, "little")
+    assert not LONG.from_values([value])[1].any()
+    with pytest.raises(RowError, match="words") as caught:
+        LONG.from_bytes(value)
+    assert caught.value.reason == "length"
+
+
+def test_rows_are_whole_words() -> None:
+    with pytest.raises(ValueError, match="a row of 12 bytes, not a multiple of 8"):
+        Layout(Kind.USER, (Field("w", "<f4", (3,), "weights"),)).row_bytes  # noqa: B018
+
+
+@settings(deadline=None)  # compiles
+@given(st.integers(0, 10**6), st.integers(0, 10**6), st.integers(1, 255))
 def test_no_changed_byte_goes_unnoticed(count: int, at: int, change: int) -> None:
     value = bytearray(user(count))
-    value[at] ^= change
+    value[at % len(value)] ^= change
     assert not USER.from_values([bytes(value)])[1].any()
     with pytest.raises(RowError):
         USER.from_bytes(bytes(value))
@@ -140,7 +199,7 @@ def test_layouts_with_other_names_types_or_shapes_have_other_fingerprints() -> N
 
 
 def test_a_newer_format_is_told_from_damage() -> None:
-    with pytest.raises(NewerFormat, match="row format 9, this release reads up to 1: upgrade"):
+    with pytest.raises(NewerFormat, match="row format 9, this release reads up to 2: upgrade"):
         USER.from_bytes(newer(user(1)))
     with pytest.raises(RowError, match="checksum"):
         USER.from_bytes(damaged(newer(user(1))))
