@@ -76,7 +76,7 @@ def pack(rows: Words, header: np.uint64, mask: int, values: Words) -> Counts:  #
                 values[i, at] = rows[i, k]
                 there = rows[i, k] != 0
                 bits |= np.uint64(there) << np.uint64(k - 64 * word)
-                at += np.int64(there)
+                at += int(there)
             values[i, 1 + word] = bits
         values[i, at] = _crc32(values[i, :at])
         counts[i] = at
