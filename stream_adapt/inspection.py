@@ -27,7 +27,7 @@ from stream_adapt.kafka.changelog import ChangelogReader, Records
 from stream_adapt.learner import rules
 from stream_adapt.learner.rules.compiled import HORIZON
 from stream_adapt.models import LearnerSpec, Model
-from stream_adapt.state.row import CONTROL_KEY, PREFIX, ControlRow, Kind, fingerprint_of
+from stream_adapt.state.row import CONTROL_KEY, PREFIX, ControlRow, Kind, fingerprint_of, row_bytes_of
 
 _READ_S = 0.2
 #: Items of the ring whose part in a score is shown, the newest first.
@@ -243,11 +243,12 @@ def _row(partition: int, value: bytes, model: Model | None, notes: list[str]) ->
 
 def _recognised(value: bytes) -> LearnerSpec | None:
     """The sizes of a row whose model is not at hand: its layout's fingerprint tells them."""
+    least, most = row_bytes_of(value)
     for ring in _RINGS:
         for dimension in _DIMENSIONS:
             for settings in _FORMS:
                 spec = LearnerSpec(dimension=dimension, ring=ring, **settings)
-                near = abs(_least_bytes(spec) - len(value)) < _SLACK_BYTES
+                near = least - _SLACK_BYTES <= _least_bytes(spec) <= most
                 if near and rules.user_layout(spec).fingerprint == fingerprint_of(value):
                     return spec
     return None
@@ -260,14 +261,14 @@ _FORMS: tuple[dict[str, Any], ...] = tuple(
     for implicit in ({}, {"implicit": 0})
     for calibrator in ({}, {"calibrator": "linear"})
 )
-#: Header, checksum and gaps of a row's value, at most.
+#: Fields of every row and gaps between fields, at most.
 _SLACK_BYTES = 48
 
 
 def _least_bytes(spec: LearnerSpec) -> int:
     width = spec.dimension + 1
     variances = 0 if spec.rule == "gradient" else width if spec.covariance == "diagonal" else width * (width + 1) // 2
-    return 12 + 4 * width + 4 * variances + 4 * spec.implicit + 21 * spec.ring
+    return 4 * width + 4 * variances + 4 * spec.implicit + 21 * spec.ring
 
 
 def _shown(partition: int, row: Any, spec: LearnerSpec, found: _Found, items: _Found, model: Model | None) -> ShownRow:

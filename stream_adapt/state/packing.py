@@ -16,7 +16,7 @@ import numpy.typing as npt
 from numba import njit
 
 WORD_BYTES = 8
-_MASK_BITS = 64
+MASK_BITS = 64
 
 Words = npt.NDArray[np.uint64]
 Counts = npt.NDArray[np.int64]
@@ -24,7 +24,7 @@ Counts = npt.NDArray[np.int64]
 
 def mask_words(row_words: int) -> int:
     """Words of the mask of a row."""
-    return -(-row_words // _MASK_BITS)
+    return -(-row_words // MASK_BITS)
 
 
 def _crc_tables() -> npt.NDArray[np.uint32]:

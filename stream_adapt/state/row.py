@@ -28,7 +28,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from stream_adapt.state.packing import WORD_BYTES, mask_words, pack, unpack
+from stream_adapt.state.packing import MASK_BITS, WORD_BYTES, mask_words, pack, unpack
 
 #: Version of the row bytes. Format N reads N−1, and writes it where it is asked to; a newer one is refused.
 ROW_FORMAT = 2
@@ -245,6 +245,17 @@ def fingerprint_of(content: bytes) -> int | None:
         return None
     row_format, _, _, fingerprint = _HEADER.unpack_from(content)
     return fingerprint if row_format <= ROW_FORMAT else None
+
+
+def row_bytes_of(content: bytes) -> tuple[int, int]:
+    """Least and most bytes that the row of an undamaged value can have, whatever its layout is."""
+    words = np.frombuffer(content[: -_CHECKSUM.size], np.uint64)
+    if _HEADER.unpack_from(content)[0] < ROW_FORMAT:
+        return (len(words) - 1) * WORD_BYTES, (len(words) - 1) * WORD_BYTES
+    said = np.cumsum([word.bit_count() for word in words[1:].tolist()])  # by masks of one word, of two, …
+    masks = 1 + (said == len(words) - 2 - np.arange(len(said))).nonzero()[0]
+    most = WORD_BYTES * MASK_BITS
+    return int(masks[0] - 1) * most + WORD_BYTES, int(masks[-1]) * most
 
 
 def _opened(content: bytes, kind: Kind, newest: int) -> tuple[int, bytes]:

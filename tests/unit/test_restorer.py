@@ -29,6 +29,7 @@ from stream_adapt.state.row import (
     NewerFormat,
     OtherLayout,
     RowError,
+    row_bytes_of,
 )
 from stream_adapt.state.table import Table
 
@@ -138,6 +139,15 @@ def test_rows_of_both_formats_are_read_side_by_side(one: list[int], other: list[
     assert intact.all()
     assert slab[[1, 0]].tobytes() == found.tobytes()
     assert slab[1].tobytes() == LONG.from_bytes(older[0]).tobytes()
+
+
+@settings(deadline=None)  # compiles
+@given(st.lists(WORDS, min_size=1, max_size=200), st.sampled_from([ROW_FORMAT - 1, ROW_FORMAT]))
+def test_a_value_tells_about_how_long_its_row_is(words: list[int], row_format: int) -> None:
+    layout = Layout(Kind.USER, (Field("w", "<u8", (len(words),), ""),))
+    row = np.array(words, np.uint64).view(layout.dtype)
+    least, most = row_bytes_of(layout.to_values(row, np.array([0]), row_format)[0])
+    assert least <= layout.row_bytes <= most
 
 
 def test_the_format_before_is_header_record_and_checksum() -> None:
