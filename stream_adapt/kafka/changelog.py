@@ -13,6 +13,8 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from itertools import groupby
+from operator import methodcaller
 from typing import Any, Literal, cast
 
 import structlog
@@ -40,6 +42,9 @@ _BETWEEN_TRIES_S = 0.2
 _ENDS_DEADLINE_S = 30.0
 #: Records that are handed out together where nobody waits: bulk work pays.
 _MOST_RECORDS = 10_000
+
+#: What a message says; mapped over thousands of them.
+_ERROR, _PARTITION, _KEY, _VALUE, _OFFSET = map(methodcaller, ("error", "partition", "key", "value", "offset"))
 
 #: Errors of a consumer after which waiting is of no use.
 _REFUSED = {
@@ -132,21 +137,20 @@ class ChangelogReader:
         """
         if self._consumer is None:
             return {}
+        messages = self._consumer.consume(most, timeout_s)
+        if any(map(_ERROR, messages)):
+            for message in messages:
+                if (error := message.error()) is not None:
+                    self._told(error, cast(int, message.partition()), cast(int, message.offset()))
+            messages = [message for message in messages if message.error() is None]
         found: dict[int, Records] = {}
-        for message in self._consumer.consume(most, timeout_s):
-            error = message.error()
-            if error is not None:
-                self._told(error, cast(int, message.partition()), cast(int, message.offset()))
-                continue
-            partition = cast(int, message.partition())
-            records = found.get(partition)
-            if records is None:
-                if partition not in self.tails:
-                    continue  # taken away
-                records = found[partition] = Records([], [], [])
-            records.keys.append(message.key())
-            records.values.append(message.value())
-            records.offsets.append(cast(int, message.offset()))
+        for partition, group in groupby(messages, _PARTITION):  # they come partition by partition
+            if partition not in self.tails:
+                continue  # taken away
+            records, run = found.setdefault(partition, Records([], [], [])), [*group]
+            records.keys.extend(map(_KEY, run))
+            records.values.extend(map(_VALUE, run))
+            records.offsets.extend(map(_OFFSET, run))
         for partition, records in found.items():
             self._reached(partition, records.offsets[-1] + 1)
         self._refuse_stalls()
