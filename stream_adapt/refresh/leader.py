@@ -33,7 +33,7 @@ _ATTEMPTS = 5
 _DAY_MS = 86_400_000
 #: Looks at a growing shadow: at once, twice and four times `refresh.shadow_events`.
 _LOOKS = (1, 2, 4)
-#: Looks of a watch, at equal distances.
+#: Looks of a watch, at equal distances: at all of it so far and, but for the first, at what is new since the last look.
 _WATCH_LOOKS = 4
 #: Events of the former version, scored since a promotion, before it counts as not served.
 _EVENTS_OF_FORMER = 1_000
@@ -313,11 +313,16 @@ class Leader:
         if labelled := self._counts.labelled[champion]:  # what members say of themselves, beside what both would say
             live = {"watch_live_log_loss": self._counts.loss[champion] / labelled}
             self.state = self.state.changed(figures={**self.state.figures, **live})
-        margin, error = self._settings.margin, self._settings.error / _WATCH_LOOKS
+        margin, error = self._settings.margin, self._settings.error / (2 * _WATCH_LOOKS - 1)
         told = f"against {self.state.former}: {_told(found)}"
         # The pair's champion is the former one.
         if found.short_of(margin, error):
             return Event.REGRESSED, told
+        if self._looks > 1:  # the world that it was better in may be gone again
+            newest = self._pair.models.compared(step)
+            self._note("watch_newest", newest)
+            if newest.short_of(margin, error):
+                return Event.REGRESSED, f"{told}; of the newest {newest.events} events: {_told(newest)}"
         if over or self._looks >= _WATCH_LOOKS:
             return Event.HELD, told
         return None

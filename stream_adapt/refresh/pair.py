@@ -126,9 +126,9 @@ class SideBySide:
         self.champion, self.other = self.other, self.champion
         self.forget()
 
-    def compared(self) -> Comparison:
-        """The champion and the other model, on all events that may be judged."""
-        columns = [np.concatenate(column) for column in zip(*self._said, strict=True)]
+    def compared(self, newest: int | None = None) -> Comparison:
+        """The champion and the other model, on all events that may be judged, or on so many of the newest."""
+        columns = [np.concatenate(column)[-(newest or 0) :] for column in zip(*self._said, strict=True)]
         if not columns:
             nothing = np.zeros(0)
             return compare(nothing.astype(np.int64), nothing.astype(np.bool_), nothing, nothing)

@@ -88,6 +88,7 @@ class FakePair:
     """Compares 50 events a step, with the outcome that the script has next."""
 
     outcomes: list[Comparison]
+    newest: Comparison | None = None  # of the newest events alone; None: as of all
 
     def __init__(self, _config: Config, champion: Model, other: Model, _rows: str, judged_from: Any) -> None:
         self.models = self
@@ -101,8 +102,11 @@ class FakePair:
     def forget(self) -> None:
         self.events = 0
 
-    def compared(self) -> Comparison:
-        return self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
+    def compared(self, newest: int | None = None) -> Comparison:
+        if newest is not None:
+            return self.newest or self.last
+        self.last = self.outcomes.pop(0) if len(self.outcomes) > 1 else self.outcomes[0]
+        return self.last
 
     def close(self) -> None:
         self.closed = True
@@ -396,6 +400,22 @@ def test_a_version_that_somebody_else_announces_is_watched_and_a_bad_one_goes_ba
     state = stage.turns(20)
     assert (State.ROLLED_BACK, stage.champion) == (state.state, state.champion)
     assert [stage.challenger, stage.champion] == [a.version for a in stage.kafka.announced]
+
+
+def test_a_watch_that_was_better_and_is_worse_now_goes_back(stage: Stage, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage.turns(alarms=(ALARM,))
+    while stage.state.state is not State.WATCHING:
+        stage.turns()
+    monkeypatch.setattr(FakePair, "newest", WORSE)
+    FakePair.outcomes = [BETTER]
+    while stage.state.state is State.WATCHING:
+        assert not stage.state.figures.get("watch_newest_events")
+        stage.turns()
+    state = stage.state
+    assert (State.ROLLED_BACK, stage.champion) == (state.state, state.champion)
+    assert state.last is not None
+    assert f"of the newest {WORSE.events} events" in state.last.reason
+    assert WORSE.gain == state.last.figures["watch_newest_gain"]
 
 
 def test_whoever_goes_back_to_an_ancestor_is_not_judged(stage: Stage) -> None:

@@ -101,6 +101,23 @@ def test_the_same_model_and_one_that_differs_by_nothing_are_not() -> None:
     assert not compared(champion(), Model(champion().manifest, nudged)).beyond(MARGIN, ERROR)
 
 
+def test_the_newest_events_are_compared_alone() -> None:
+    parts = [raw(world(300, seed=2)), raw(world(200, seed=3))]
+    whole = SideBySide(Config(), random_model(), champion(), "carry")
+    whole.begin({0: 0}, {})
+    for part in parts:
+        whole.follow(part)
+    tail = SideBySide(Config(), random_model(), champion(), "carry")
+    tail.begin({0: 0}, {})
+    tail.follow(parts[0])
+    tail.forget()
+    tail.follow(parts[1])
+    assert 200 == tail.events
+    assert tail.compared() == whole.compared(200)
+    assert whole.compared(10_000) == whole.compared()
+    assert whole.compared() != tail.compared()
+
+
 def test_rows_restart_where_the_manifest_says_so() -> None:
     pair = SideBySide(Config(), champion(), champion(), "restart_items")
     solo = SideBySide(Config(), champion(), champion(), "carry")
