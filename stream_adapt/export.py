@@ -171,6 +171,8 @@ def _users(pyarrow: Any, rows: npt.NDArray[Any]) -> dict[str, Any]:
         "last_ms": rows["last_ms"],
         "d": _matrix(pyarrow, rows["d"]),
         "variance": _variances(pyarrow, rows, width),
+        "implicit": _matrix(pyarrow, rows["implicit"]),
+        "missed": rows["missed"] if "missed" in (rows.dtype.names or ()) else pyarrow.nulls(len(rows), pyarrow.float32()),
         **{name: of_ring(name) for name in ("ring_item", "ring_time_s", "ring_event", "ring_level", "ring_logit")},
     }
 
@@ -210,6 +212,8 @@ def _schema(pyarrow: Any, kind: RowKind) -> pa.Schema:
         ("last_ms", pyarrow.int64()),
         ("d", lists(f32)),
         ("variance", lists(f32)),
+        ("implicit", lists(f32)),
+        ("missed", f32),
         ("ring_item", lists(pyarrow.uint64())),
         ("ring_time_s", lists(pyarrow.uint32())),
         ("ring_event", lists(pyarrow.uint32())),

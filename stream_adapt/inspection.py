@@ -93,6 +93,7 @@ class ShownRow(msgspec.Struct):
     deviation_sd: list[float] | None  # [D+1] √ of P's diagonal; None: the rule keeps no variance
     prior_mean: list[float] | None  # [D+1] m₀ + B ψ, which user attributes add to; None: no model
     weights: list[float] | None  # [D+1] m₀ + deviation; None: no model, or user attributes add to m₀
+    missed: float | None  # Σ (target − score) over the events learned, as of the last one; None: there is no calibrator
     events: list[RingEvent]  # the newest first
     contributions: list[Composition]
 
@@ -292,6 +293,7 @@ def _shown(partition: int, row: Any, spec: LearnerSpec, found: _Found, items: _F
         _rounded(np.sqrt(np.maximum(variance, 0.0))) if variance is not None else None,
         _rounded(prior) if prior is not None else None,
         _rounded(prior + deviation) if prior is not None and not attributes else None,
+        round(float(row["missed"]), 6) if "missed" in row.dtype.names else None,
         events,
         [compose(model, prior, deviation, int(h, 16), rows, names) for h in list(last)[:_EXPLAINED]]
         if model and prior is not None
@@ -429,6 +431,8 @@ def _row_tables(row: ShownRow) -> list[RenderableType]:
     head = f"partition {row.partition}: {row.count} events learned, the last at {row.last_event}"
     if row.as_of_offset is not None:
         head += f"; as of offset {row.as_of_offset}"
+    if row.missed is not None:
+        head += f"; targets less scores add up to {row.missed:+.3f}"
     weights = RichTable(title="fast weights: deviation from the prior", title_justify="left")
     for name in ("coordinate", "deviation", "± sd", "prior", "weight"):
         weights.add_column(name, justify="right")

@@ -104,10 +104,11 @@ class Shop:
         return self.adapter.users.rows[slot]
 
 
-@pytest.fixture(params=["diagonal", "full"])
+@pytest.fixture(params=["diagonal", "full", "calibrated"])
 def shop(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Shop:
     """Two partitions; ann is in both, and more often than her ring is long in the first."""
-    spec = LearnerSpec(feedback=STARS, covariance=request.param, dimension=4, ring=5)
+    form = {"calibrator": "linear"} if request.param == "calibrated" else {"covariance": request.param}
+    spec = LearnerSpec(feedback=STARS, dimension=4, ring=5, **form)
     weights = msgspec.structs.replace(random_weights(spec, KNOWN, ()), leak=np.zeros(2, np.float32))
     model = read_model(write_model(tmp_path / "models", weights, spec, ()))
     (tmp_path / "c.yaml").write_text(
@@ -139,6 +140,15 @@ def test_a_users_row_is_shown_in_every_partition_that_has_it(shop: Shop) -> None
     assert (prior + row["d"]).tolist() == pytest.approx(shown.rows[0].weights, abs=1e-6)
     ms = int(row["last_ms"])
     assert shown.rows[0].last_event == str(np.datetime64(ms, "ms")) + "Z"
+
+
+def test_what_the_calibrator_keeps_is_shown_where_there_is_one(shop: Shop) -> None:
+    shown = inspection.show(shop.config, "ann").rows[0].missed
+    if shop.model.spec.calibrator == "none":
+        assert shown is None
+    else:
+        assert float(shop.row(0, "ann")["missed"]) == pytest.approx(shown, abs=1e-6)
+        assert shown != 0
 
 
 def test_standard_deviations_are_the_roots_of_the_covariances_diagonal(shop: Shop) -> None:
@@ -245,6 +255,8 @@ def test_users_are_exported_as_they_are_in_their_rows(shop: Shop, tmp_path: Path
     row = shop.row(0, "ann")
     assert row["d"].tolist() == rows[0]["d"]
     assert inspection.diagonal(row["P"], 5).tolist() == pytest.approx(rows[0]["variance"])
+    assert row["implicit"].tolist() == rows[0]["implicit"]
+    assert (row["missed"] if "missed" in row.dtype.names else None) == rows[0]["missed"]
     assert [row["ring_logit"][k % 5] for k in range(2, 7)] == rows[0]["ring_logit"]
     assert (int(row["last_ms"]), [5, 1]) == (
         rows[0]["last_ms"],
