@@ -163,10 +163,12 @@ class Adapter:
         return Adapted(*scores, unseen=unseen)
 
     def warm_up(self) -> None:
-        """Compiles the rule, or loads it compiled: seconds that no event should wait for."""
+        """Compiles the rule and what turns rows into bytes, or loads them: seconds that no event should wait for."""
         nothing = np.zeros(0, dtype=np.int64)
         self.adapt(Batch([], [], [], [], nothing, nothing.astype(np.int8), nothing.astype(np.int32), nothing))
         self.commit()
+        for table in (self.users, self.items):
+            table.layout.from_values([table.layout.to_bytes(np.zeros((), table.layout.dtype))])
 
     def commit(self) -> None:
         """The rows as they are now are the committed state."""

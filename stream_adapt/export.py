@@ -166,13 +166,13 @@ def _users(pyarrow: Any, rows: npt.NDArray[Any]) -> dict[str, Any]:
         ordered = np.take_along_axis(rows[name], order, axis=1)[valid]
         return _lists(pyarrow, ordered, kept)
 
-    width = rows["d"].shape[1]
+    width, names = rows["d"].shape[1], rows.dtype.names or ()
     return {
         "last_ms": rows["last_ms"],
         "d": _matrix(pyarrow, rows["d"]),
         "variance": _variances(pyarrow, rows, width),
         "implicit": _matrix(pyarrow, rows["implicit"]),
-        "missed": rows["missed"] if "missed" in (rows.dtype.names or ()) else pyarrow.nulls(len(rows), pyarrow.float32()),
+        "missed": rows["missed"] if "missed" in names else pyarrow.nulls(len(rows), pyarrow.float32()),
         **{name: of_ring(name) for name in ("ring_item", "ring_time_s", "ring_event", "ring_level", "ring_logit")},
     }
 
