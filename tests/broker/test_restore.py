@@ -33,7 +33,7 @@ from stream_adapt.pipeline import Pipeline
 from stream_adapt.restore import Slice
 from stream_adapt.runner import Observer, Observers, Pace
 from stream_adapt.shutdown import Shutdown
-from stream_adapt.state.row import ControlRow
+from stream_adapt.state.row import ROW_FORMAT, ControlRow
 from stream_adapt.testing.broker import read_all
 from stream_adapt.testing.model import random_model
 
@@ -397,9 +397,11 @@ def test_damaged_records_are_counted_and_the_last_good_version_stands(learned: A
 
 def test_rows_of_a_newer_release_are_refused_until_a_later_record_replaces_them(learned: App) -> None:
     good = rows_of(learned)[0, b"u:user-1"]
-    newer = (2).to_bytes(2, "little") + good[2:-4]
+    newer = (ROW_FORMAT + 1).to_bytes(2, "little") + good[2:-4]
     write(learned, 0, b"u:user-1", newer + zlib.crc32(newer).to_bytes(4, "little"))
-    with pytest.raises(StateMismatch, match="row format 2, this release reads up to 1: upgrade"):
+    with pytest.raises(
+        StateMismatch, match=f"row format {ROW_FORMAT + 1}, this release reads up to {ROW_FORMAT}: upgrade"
+    ):
         Member(learned).serve()
     write(learned, 0, b"u:user-1", good)
     learned.produce([event(100)])

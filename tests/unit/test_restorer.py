@@ -209,7 +209,7 @@ def test_layouts_with_other_names_types_or_shapes_have_other_fingerprints() -> N
 
 
 def test_a_newer_format_is_told_from_damage() -> None:
-    with pytest.raises(NewerFormat, match="row format 9, this release reads up to 2: upgrade"):
+    with pytest.raises(NewerFormat, match=f"row format 9, this release reads up to {ROW_FORMAT}: upgrade"):
         USER.from_bytes(newer(user(1)))
     with pytest.raises(RowError, match="checksum"):
         USER.from_bytes(damaged(newer(user(1))))
