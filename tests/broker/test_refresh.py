@@ -141,8 +141,8 @@ def test_a_drift_is_seen_a_challenger_trained_compared_promoted_and_watched(
 def test_a_controller_that_is_killed_in_every_state_is_followed_by_one_that_goes_on(stage: Stage) -> None:
     """Seen to fail, twice of twice: all deaths are survived, and then the shadow refuses the challenger.
 
-    Its gain was −0.0009 ± 0.0035 and −0.0020 ± 0.0041: after three controllers it is no better than the champion. Why it
-    is better where members are killed, and not here, is open.
+    Its gain was −0.0009 ± 0.0035 and −0.0020 ± 0.0041. Probably the champion's rows have learned the new world by then,
+    from what comes while nobody leads; a slower stream (`each`) was not tried to the end.
     """
     member = stage.app.start(config=stage.path)
     stage.feed(DRIFT_AT - PRETRAINED)
