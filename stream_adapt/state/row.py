@@ -248,12 +248,14 @@ def fingerprint_of(content: bytes) -> int | None:
 
 
 def row_bytes_of(content: bytes) -> tuple[int, int]:
-    """Least and most bytes that the row of an undamaged value can have, whatever its layout is."""
+    """Least and most bytes that the row of an undamaged value can have, whatever its layout is; 0 if it can be none."""
     words = np.frombuffer(content[: -_CHECKSUM.size], np.uint64)
     if _HEADER.unpack_from(content)[0] < ROW_FORMAT:
         return (len(words) - 1) * WORD_BYTES, (len(words) - 1) * WORD_BYTES
     said = np.cumsum([word.bit_count() for word in words[1:].tolist()])  # by masks of one word, of two, …
     masks = 1 + (said == len(words) - 2 - np.arange(len(said))).nonzero()[0]
+    if not len(masks):
+        return 0, 0
     most = WORD_BYTES * MASK_BITS
     return int(masks[0] - 1) * most + WORD_BYTES, int(masks[-1]) * most
 

@@ -150,6 +150,11 @@ def test_a_value_tells_about_how_long_its_row_is(words: list[int], row_format: i
     assert least <= layout.row_bytes <= most
 
 
+def test_a_value_whose_mask_fits_no_row_tells_so() -> None:
+    content = struct.pack("<HBBIQ", ROW_FORMAT, Kind.USER, 0, 5, 7)
+    assert (0, 0) == row_bytes_of(content + zlib.crc32(content).to_bytes(4, "little"))
+
+
 def test_the_format_before_is_header_record_and_checksum() -> None:
     row = np.zeros(1, USER.dtype)
     row["count"] = 7
