@@ -15,7 +15,11 @@ from stream_adapt.record import UserEvent
 
 #: Events that pretraining sees, and after which the items are renumbered.
 PRETRAINED, DRIFT_AT, EVENTS = 6_000, 11_000, 40_000
-PARAMETERS = Synthetic(seed=3, events=EVENTS, drift="permute", drift_at=DRIFT_AT, users=500, items=150)
+PARAMETERS = Synthetic(
+    seed=4, events=EVENTS, drift="permute", drift_at=DRIFT_AT, users=2_000, items=50, dimensions=4, noise=0.3
+)
+#: How many times the events that it saw a model takes its items to have had: it is as sure as after a long past.
+SURE = 20
 SPEC = LearnerSpec({}, source(PARAMETERS).feedback, dimension=4, window=128)
 
 
@@ -33,6 +37,10 @@ def pretrained() -> Trained:
 
 
 def write_champion(registry: Path) -> Model:
-    """Writes it as a model."""
+    """Writes it as a model that needs a refresh after the drift, however slowly or fast events come.
+
+    One that is less sure learns the new world in its items' rows: then a challenger that comes late is rightly refused.
+    """
     trained = pretrained()
-    return read_model(write_model(registry, trained.weights, SPEC, trained.fitted))
+    weights = msgspec.structs.replace(trained.weights, item_events=SURE * trained.weights.item_events)
+    return read_model(write_model(registry, weights, SPEC, trained.fitted))

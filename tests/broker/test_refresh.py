@@ -139,11 +139,6 @@ def test_a_drift_is_seen_a_challenger_trained_compared_promoted_and_watched(
 
 @pytest.mark.slow
 def test_a_controller_that_is_killed_in_every_state_is_followed_by_one_that_goes_on(stage: Stage) -> None:
-    """Seen to fail, twice of twice: all deaths are survived, and then the shadow refuses the challenger.
-
-    Its gain was −0.0009 ± 0.0035 and −0.0020 ± 0.0041. Probably the champion's rows have learned the new world by then,
-    from what comes while nobody leads; a slower stream (`each`) was not tried to the end.
-    """
     member = stage.app.start(config=stage.path)
     stage.feed(DRIFT_AT - PRETRAINED)
     stage.app.wait_for_outputs(DRIFT_AT - PRETRAINED, TIMEOUT_S)
