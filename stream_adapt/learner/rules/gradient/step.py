@@ -1,7 +1,7 @@
 """The gradient rule, one event at a time: one step of logistic regression with meta-learned rates, compiled.
 
-Rows are records of the slab, float32, and are written in place, if they can hold the numbers; arithmetic is float64 and
-strictly sequential, so that results do not depend on how a stream was cut into batches.
+Rows are records of the slab, float32, and are written in place, if they can hold the numbers; arithmetic is float64, one
+event after the other, so that results do not depend on how a stream was cut into batches.
 
 With x̃ = [x + δ ; 1] and w = w₀ + d, everything with an index j learned in θ for each coordinate:
 
@@ -40,12 +40,16 @@ from stream_adapt.learner.rules.compiled import (
     SCORE_ONLY,
     Theta,
     adapt_with,
+    dot,
     encode,
+    inlined,
     item_fits,
     lean,
+    next_event,
     read_item,
     read_out,
     remember,
+    scratch_type,
     screened,
     sigmoid,
     write_item,
@@ -81,18 +85,6 @@ def _numbers_type(width: int, levels: int, hidden: int, terms: int) -> np.dtype[
     return np.dtype([*calibrator_fields(terms), *single_fields, *arrays])
 
 
-@cache
-def _scratch_type(width: int, hidden: int) -> np.dtype[Any]:
-    """Work space of one step.
-
-    x0, x: x̃ without and with the item's offset. w0, w, d: as in the equations, after the leak. g = η x̃. c, c_var,
-    delta, delta_var: the item's deviation from θ, with the pending sums of earlier windows applied. f: of the item.
-    """
-    of_width = [(name, "<f8", (width,)) for name in ("x0", "x", "w0", "w", "d", "g")]
-    of_item = [("delta", "<f8", (width - 1,)), ("delta_var", "<f8", (width - 1,)), ("c", "<f8"), ("c_var", "<f8")]
-    return np.dtype([*of_width, *of_item, ("f", "<f8", (hidden,))])
-
-
 def adapt(theta: Theta, users: Array, items: Array, events: Events, out: Scores) -> None:
     """`step` for n events in order.
 
@@ -103,31 +95,35 @@ def adapt(theta: Theta, users: Array, items: Array, events: Events, out: Scores)
         events: encoded.
         out: filled in.
     """
-    scratch = _scratch_type(*(users[name].shape[1] for name in ("d", "implicit")))
-    adapt_with(_adapt, scratch, theta, users, items, events, out)
+    width, hidden = (users[name].shape[1] for name in ("d", "implicit"))
+    adapt_with(_adapt, scratch_type(width, hidden), theta, users, items, events, out)
 
 
 @njit(cache=True, error_model="numpy", nogil=True)
 def _adapt(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    theta, users, items, events, scratch,
+    theta, users, items, event, scratch,
+    user, item, window, time_ms, level, event_hash, item_events, item_mean,
     known, item_vector, content, content_vectors, prior, prior_vectors, pointers, rows, weights, feature_vector,
     implicit_item,
+    score, frozen, updated, uncertainty, adaptations, flags,
 ):  # fmt: skip
     """Encodes every event into the work space, and takes its step."""
-    s = scratch[0]
-    for i in range(events.shape[0]):
+    s, e = scratch[0], event[0]
+    for i in range(user.shape[0]):
+        next_event(i, e, known, window, time_ms, level, event_hash, item_events, item_mean)
         encode(
             i, s, known, item_vector, content, content_vectors, prior, prior_vectors,
             pointers, rows, weights, feature_vector, implicit_item,
         )  # fmt: skip
-        step(theta[0], users[events[i].user], items[events[i].item], events[i], s)
+        step(theta[0], users[user[i]], items[item[i]], e, s)
+        score[i], frozen[i], updated[i], uncertainty[i] = e.score, e.frozen, e.updated, e.uncertainty
+        adaptations[i], flags[i] = e.adaptations, e.flags
 
 
-@njit(cache=True, error_model="numpy")
+@inlined
 def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """Scores an event that is encoded in `s`, then learns from it if it carries a level."""
-    x0, x, w0, w, d = s.x0, s.x, s.w0, s.w, s.d
-    size = x.shape[0] - 1
+    x0, x, w0, w, d, square, size = s.x0, s.x, s.w0, s.w, s.d, s.square, s.size
     c0 = x0[size]  # the item's bias under θ lies where x̃ has its 1
     x0[size] = 1.0
     event.frozen = _frozen(theta, event.item_events, c0, s)
@@ -135,13 +131,13 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
     read_item(item, event.window, s)
     _leak(theta, user, event.time_ms, s)
 
-    z, v_item = theta.bias + c0 + s.c, s.c_var
-    for j in range(size + 1):
+    for j in range(size):
         w[j] = w0[j] + d[j]
-        x[j] = x0[j] + (s.delta[j] if j < size else 0.0)
-        z += w[j] * x[j]
-        if j < size:
-            v_item += w[j] * w[j] * s.delta_var[j]
+        x[j] = x0[j] + s.delta[j]
+        square[j] = w[j] * w[j]
+    w[size], x[size] = w0[size] + d[size], 1.0
+    z = theta.bias + c0 + s.c + dot(w, x, size + 1)
+    v_item = s.c_var + dot(square, s.delta_var, size)
 
     added = calibration(theta, user, event, v_item)
     event.score = calibrated(theta, z, v_item, added)
@@ -153,11 +149,9 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
     elif event.flags & event.barred == 0:
         q = sigmoid(z)
         e, h = theta.targets[event.level] - q, q * (1.0 - q)
-        if _learn_user(theta, e, h, s) and item_fits(1.0, e, s):
-            z_new = z
-            for j in range(size + 1):
-                z_new += (w0[j] + d[j] - w[j]) * x[j]
-            event.updated = calibrated(theta, z_new, v_item, added)
+        moved, fits = _learn_user(theta, e, h, s)
+        if fits and item_fits(1.0, e, s):
+            event.updated = calibrated(theta, z + moved, v_item, added)
             take_note(theta, user, event, z, v_item)
             _write_user(user, event, item.hash, z, s)
             write_item(item, event.window, h, e, s)
@@ -166,55 +160,44 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
     event.adaptations = user.count
 
 
-@njit(cache=True, error_model="numpy")
+@inlined
 def _leak(theta, user, time_ms, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """Fills d after the leak to the prior. A row that has learned nothing is at its prior already."""
-    d, row_d = s.d, user.d
-    if user.count == 0:
-        for j in range(d.shape[0]):
-            d[j] = 0.0
-        return
-    clock = math.log1p(max(0, time_ms - user.last_ms) / MS_PER_HOUR)
-    for j in range(d.shape[0]):
-        d[j] = math.exp(-(theta.leak_a[j] + theta.leak_b[j] * clock)) * row_d[j]
+    d, row_d, clock = s.d, user.d, 0.0
+    if user.count > 0:
+        clock = math.log1p(max(0, time_ms - user.last_ms) / MS_PER_HOUR)
+    for j in range(s.size + 1):
+        gamma = math.exp(-(theta.leak_a[j] + theta.leak_b[j] * clock)) if user.count > 0 else 0.0
+        d[j] = gamma * row_d[j]
 
 
-@njit(cache=True, error_model="numpy")
+@inlined
 def _frozen(theta, item_events, c, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """The score of the same model without adaptation: d = 0, no offsets, the item's first variances."""
-    x0, w0 = s.x0, s.w0
-    size = x0.shape[0] - 1
+    x0, w0, size = s.x0, s.w0, s.size
     seen = item_events / theta.noise
-    z = theta.bias + c
-    variance = 1.0 / (1.0 / theta.bias_variance + seen)
-    offset_var = 1.0 / (1.0 / theta.offset_variance + seen)
-    for j in range(size + 1):
-        z += w0[j] * x0[j]
-        if j < size:
-            variance += w0[j] * w0[j] * offset_var
-    return read_out(theta, z, variance)
+    variance = 1.0 / (1.0 / theta.bias_variance + seen) + dot(w0, w0, size) / (1.0 / theta.offset_variance + seen)
+    return read_out(theta, theta.bias + c + dot(w0, x0, size + 1), variance)
 
 
-@njit(cache=True, error_model="numpy")
+@inlined
 def _learn_user(theta, e, h, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """d += η x̃ e/N in the work space; whether a row can hold it."""
-    d, x, g, rates = s.d, s.x, s.g, theta.rates
-    power = 0.0
-    for j in range(d.shape[0]):
+    """d += η x̃ e/N in the work space; returns by how much ⟨w, x̃⟩ moved, and whether a row can hold it."""
+    d, x, g, rates, width = s.d, s.x, s.g, theta.rates, s.size + 1
+    for j in range(width):
         g[j] = rates[j] * x[j]
-        power += g[j] * x[j]
-    gain = e / (1.0 + h * power) if theta.normalized else e
-    unfit = 0
-    for j in range(d.shape[0]):
+    power = dot(g, x, width)
+    gain, unfit = e / (1.0 + h * power) if theta.normalized else e, 0
+    for j in range(width):
         d[j] += gain * g[j]
         unfit += not abs(d[j]) < LARGEST  # NaN compares false
-    return unfit == 0
+    return gain * power, unfit == 0
 
 
-@njit(cache=True, error_model="numpy")
+@inlined
 def _write_user(user, event, item_hash, z, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """The learned row."""
     d, row_d = s.d, user.d
-    for j in range(d.shape[0]):
+    for j in range(s.size + 1):
         row_d[j] = d[j]
     remember(user, event, item_hash, z, s)

@@ -2,7 +2,7 @@
 
 `step` scores one event with its user's and item's rows and then, if the event carries a level, learns from it;
 `adapt` does so for a batch in order. Rows are records of the slab, float32, and are written in place; arithmetic is
-float64 and strictly sequential, so that results do not depend on how a stream was cut into batches.
+float64, one event after the other, so that results do not depend on how a stream was cut into batches.
 
 With x̃ = [x + δ ; 1], w = w₀ + d, and P kept as its diagonal or its packed lower triangle:
 
@@ -41,12 +41,16 @@ from stream_adapt.learner.rules.compiled import (
     SCORE_ONLY,
     Theta,
     adapt_with,
+    dot,
     encode,
+    inlined,
     item_fits,
     lean,
+    next_event,
     read_item,
     read_out,
     remember,
+    scratch_type,
     screened,
     write_item,
 )
@@ -80,8 +84,8 @@ def adapt(theta: Theta, users: Array, items: Array, events: Events, out: Scores)
         events: encoded.
         out: filled in.
     """
-    scratch = _scratch_type(*(users[name].shape[1] for name in ("d", "P", "implicit")))
-    adapt_with(_adapt, scratch, theta, users, items, events, out)
+    width, hidden, floats = (users[name].shape[1] for name in ("d", "implicit", "P"))
+    adapt_with(_adapt, scratch_type(width, hidden, floats), theta, users, items, events, out)
 
 
 @cache
@@ -93,39 +97,31 @@ def _numbers_type(width: int, levels: int, hidden: int, terms: int) -> np.dtype[
     return np.dtype([*calibrator_fields(terms), *((name, "<f8") for name in single), *arrays])
 
 
-@cache
-def _scratch_type(width: int, floats: int, hidden: int) -> np.dtype[Any]:
-    """Work space of one step.
-
-    x0, x: x̃ without and with the item's offset. w0, w, d, P: as in the equations, after the leak. g = P x̃. c, c_var,
-    delta, delta_var: the item's deviation from θ, with the pending sums of earlier windows applied. f: of the item.
-    """
-    of_width = [(name, "<f8", (width,)) for name in ("x0", "x", "w0", "w", "d", "g")]
-    of_item = [("delta", "<f8", (width - 1,)), ("delta_var", "<f8", (width - 1,)), ("c", "<f8"), ("c_var", "<f8")]
-    return np.dtype([*of_width, ("P", "<f8", (floats,)), *of_item, ("f", "<f8", (hidden,))])
-
-
 @njit(cache=True, error_model="numpy", nogil=True)
 def _adapt(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    theta, users, items, events, scratch,
+    theta, users, items, event, scratch,
+    user, item, window, time_ms, level, event_hash, item_events, item_mean,
     known, item_vector, content, content_vectors, prior, prior_vectors, pointers, rows, weights, feature_vector,
     implicit_item,
+    score, frozen, updated, uncertainty, adaptations, flags,
 ):  # fmt: skip
     """Encodes every event into the work space, and takes its step."""
-    s = scratch[0]
-    for i in range(events.shape[0]):
+    s, e = scratch[0], event[0]
+    for i in range(user.shape[0]):
+        next_event(i, e, known, window, time_ms, level, event_hash, item_events, item_mean)
         encode(
             i, s, known, item_vector, content, content_vectors, prior, prior_vectors,
             pointers, rows, weights, feature_vector, implicit_item,
         )  # fmt: skip
-        step(theta[0], users[events[i].user], items[events[i].item], events[i], s)
+        step(theta[0], users[user[i]], items[item[i]], e, s)
+        score[i], frozen[i], updated[i], uncertainty[i] = e.score, e.frozen, e.updated, e.uncertainty
+        adaptations[i], flags[i] = e.adaptations, e.flags
 
 
-@njit(cache=True, error_model="numpy")
+@inlined
 def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """Scores an event that is encoded in `s`, then learns from it if it carries a level."""
-    x0, x, w0, w, d = s.x0, s.x, s.w0, s.w, s.d
-    size = x.shape[0] - 1
+    x0, x, w0, w, d, square, size = s.x0, s.x, s.w0, s.w, s.d, s.square, s.size
     c0 = x0[size]  # the item's bias under θ lies where x̃ has its 1
     x0[size] = 1.0
     event.frozen = _frozen(theta, event.item_events, c0, s)
@@ -133,13 +129,13 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
     read_item(item, event.window, s)
     _leak(theta, user, event.time_ms, s)
 
-    z, v_item = theta.bias + c0 + s.c, s.c_var
-    for j in range(size + 1):
+    for j in range(size):
         w[j] = w0[j] + d[j]
-        x[j] = x0[j] + (s.delta[j] if j < size else 0.0)
-        z += w[j] * x[j]
-        if j < size:
-            v_item += w[j] * w[j] * s.delta_var[j]
+        x[j] = x0[j] + s.delta[j]
+        square[j] = w[j] * w[j]
+    w[size], x[size] = w0[size] + d[size], 1.0
+    z = theta.bias + c0 + s.c + dot(w, x, size + 1)
+    v_item = s.c_var + dot(square, s.delta_var, size)
     v = _times_P(s)
 
     added = calibration(theta, user, event, v + v_item)
@@ -151,12 +147,9 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
         event.flags |= SCORE_ONLY
     elif event.flags & event.barred == 0:
         e, r = theta.level_scores[event.level] - z, v + theta.noise
-        v_new, fits = _learn_user(e, r + v_item, s)
+        v_new, fits = _learn_user(e, r + v_item, v, s)
         if fits and item_fits(r, e, s):
-            z_new = z
-            for j in range(size + 1):
-                z_new += (w0[j] + d[j] - w[j]) * x[j]
-            event.updated = calibrated(theta, z_new, v_new + v_item, added)
+            event.updated = calibrated(theta, z + v * e / (r + v_item), v_new + v_item, added)
             take_note(theta, user, event, z, v + v_item)
             _write_user(user, event, item.hash, z, s)
             write_item(item, event.window, 1.0 / r, e / r, s)
@@ -165,76 +158,71 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
     event.adaptations = user.count
 
 
-@njit(cache=True, error_model="numpy")
+@inlined
 def _leak(theta, user, time_ms, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """Fills d and P after the leak to the prior. A row that has learned nothing is at its prior already."""
     d, P, row_d, row_P, prior = s.d, s.P, user.d, user.P, theta.prior_variance  # noqa: N806
-    gamma = 0.0
+    width, gamma = s.size + 1, 0.0
     if user.count > 0:
         hours = max(0, time_ms - user.last_ms) / MS_PER_HOUR
         gamma = math.exp(-(theta.leak_a + theta.leak_b * math.log1p(hours)))
     square = gamma * gamma
-    for j in range(d.shape[0]):
+    for j in range(width):
         d[j] = gamma * row_d[j]
-    for k in range(P.shape[0]):
+    for k in range(s.floats):
         P[k] = square * row_P[k]
-    full = P.shape[0] != d.shape[0]
-    for j in range(d.shape[0]):
-        P[j * (j + 3) // 2 if full else j] += (1.0 - square) * prior[j]
+    if P.shape[0] == d.shape[0]:
+        for j in range(width):
+            P[j] += (1.0 - square) * prior[j]
+    else:
+        for j in range(width):
+            P[j * (j + 3) // 2] += (1.0 - square) * prior[j]
 
 
-@njit(cache=True, error_model="numpy")
+@inlined
 def _times_P(s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled  # noqa: N802
     """g = P x̃; returns v = x̃ᵀP x̃."""
     x, g, P = s.x, s.g, s.P  # noqa: N806
-    width = x.shape[0]
-    if P.shape[0] == width:
+    width = s.size + 1
+    if P.shape[0] == x.shape[0]:
         for j in range(width):
             g[j] = P[j] * x[j]
     else:
         for j in range(width):
-            start, total = j * (j + 1) // 2, 0.0
+            start = j * (j + 1) // 2
             for k in range(j):
-                total += P[start + k] * x[k]
                 g[k] += P[start + k] * x[j]
-            g[j] = total + P[start + j] * x[j]
-    v = 0.0
-    for j in range(width):
-        v += g[j] * x[j]
-    return max(v, 0.0)
+            g[j] = dot(P, x, j + 1, start)
+    return max(dot(g, x, width), 0.0)
 
 
-@njit(cache=True, error_model="numpy")
+@inlined
 def _frozen(theta, item_events, c, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """The score of the same model without adaptation: d = 0, P = P₀, no offsets, the item's first variances."""
-    x0, w0, prior = s.x0, s.w0, theta.prior_variance
-    size = x0.shape[0] - 1
+    x0, w0, square, size = s.x0, s.w0, s.square, s.size
     seen = item_events / theta.noise
-    z = theta.bias + c
-    variance = 1.0 / (1.0 / theta.bias_variance + seen)
-    offset_var = 1.0 / (1.0 / theta.offset_variance + seen)
     for j in range(size + 1):
-        z += w0[j] * x0[j]
-        variance += prior[j] * x0[j] * x0[j]
-        if j < size:
-            variance += w0[j] * w0[j] * offset_var
-    return read_out(theta, z, variance)
+        square[j] = x0[j] * x0[j]
+    variance = 1.0 / (1.0 / theta.bias_variance + seen) + dot(theta.prior_variance, square, size + 1)
+    variance += dot(w0, w0, size) / (1.0 / theta.offset_variance + seen)
+    return read_out(theta, theta.bias + c + dot(w0, x0, size + 1), variance)
 
 
-@njit(cache=True, error_model="numpy")
-def _learn_user(e, total, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+@inlined
+def _learn_user(e, total, v, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """d += g e/T, P −= g gᵀ/T in the work space; returns the new x̃ᵀP x̃ and whether a row can hold them."""
-    d, g, x, P = s.d, s.g, s.x, s.P  # noqa: N806
-    width = d.shape[0]
-    gain, shrink, unfit, v = e / total, 1.0 / total, 0, 0.0
+    d, g, x, P, square = s.d, s.g, s.x, s.P, s.square  # noqa: N806
+    width = s.size + 1
+    gain, shrink, unfit = e / total, 1.0 / total, 0
     for j in range(width):
         d[j] += gain * g[j]
         unfit += not abs(d[j]) < LARGEST  # NaN compares false
-    if P.shape[0] == width:
+    if P.shape[0] == d.shape[0]:
         for j in range(width):
             P[j] -= shrink * g[j] * g[j]
-            v += P[j] * x[j] * x[j]
+            square[j] = x[j] * x[j]
             unfit += not abs(P[j]) < LARGEST
+        left = dot(P, square, width)
     else:
         for j in range(width):
             start = j * (j + 1) // 2
@@ -242,18 +230,16 @@ def _learn_user(e, total, s):  # type: ignore[no-untyped-def]  # pragma: no cove
             for k in range(j + 1):
                 P[start + k] -= scaled * g[k]
                 unfit += not abs(P[start + k]) < LARGEST
-            for k in range(j):
-                v += 2.0 * P[start + k] * x[j] * x[k]
-            v += P[start + j] * x[j] * x[j]
-    return max(v, 0.0), unfit == 0
+        left = v * (1.0 - shrink * v)  # of the diagonal this is not true
+    return max(left, 0.0), unfit == 0
 
 
-@njit(cache=True, error_model="numpy")
+@inlined
 def _write_user(user, event, item_hash, z, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """The learned row."""
     d, P, row_d, row_P = s.d, s.P, user.d, user.P  # noqa: N806
-    for j in range(d.shape[0]):
+    for j in range(s.size + 1):
         row_d[j] = d[j]
-    for k in range(P.shape[0]):
+    for k in range(s.floats):
         row_P[k] = P[k]
     remember(user, event, item_hash, z, s)
