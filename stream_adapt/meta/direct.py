@@ -37,7 +37,7 @@ class WithUsers(Parameters):
         super().__init__(*given)
         self.user_id = nn.Parameter(torch.zeros(users, len(self.prior_mean)))  # [users, D+1]
 
-    def decays(self, settings: TrainSettings) -> dict[str, float]:
+    def decays(self, settings: TrainSettings) -> dict[str, float | Tensor]:
         return {**super().decays(settings), "user_id": USER_DECAY}
 
     def forward(self, columns: Columns, numbers: Tensor, real: Tensor, id_kept: Tensor | None) -> Sequences:

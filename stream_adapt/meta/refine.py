@@ -104,9 +104,10 @@ class Refined(Parameters):
         for name in KEPT:
             getattr(self, name).requires_grad_(False)
 
-    def decays(self, settings: TrainSettings) -> dict[str, float]:
-        """Items are pulled to where the champion has them; nothing pulls its other parameters to 0."""
-        return {name: decay for name, decay in super().decays(settings).items() if name != "implicit_map"}
+    def decays(self, settings: TrainSettings) -> dict[str, float | Tensor]:
+        """Items are pulled to where the champion has them, all alike; nothing pulls its other parameters to 0."""
+        decays = {name: decay for name, decay in super().decays(settings).items() if name != "implicit_map"}
+        return {**decays, "id_vector": settings.item_decay}
 
     def item_content(self) -> Tensor:
         """The champion's vectors `[I+1, D+1]`; zeros for items that it does not know."""

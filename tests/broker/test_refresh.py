@@ -55,6 +55,8 @@ REFRESH = {
     "watch_events": 1_000,
     "error": 0.1,
 }
+#: Refreshes are those that are asked for.
+NO_ALARM = {"reference_events": 10**9}
 TIMEOUT_S = 540.0
 REFRESH_NOW = (sys.executable, "-m", "stream_adapt", "refresh")
 
@@ -62,14 +64,20 @@ REFRESH_NOW = (sys.executable, "-m", "stream_adapt", "refresh")
 class Stage:
     """An application whose model is of the world before, a member, and a stream that goes on as it is asked to."""
 
-    def __init__(self, app: App, refresh: Mapping[str, Any] = MappingProxyType({}), replicas: int = 1) -> None:
+    def __init__(
+        self,
+        app: App,
+        refresh: Mapping[str, Any] = MappingProxyType({}),
+        drift: Mapping[str, Any] = MappingProxyType({}),
+        replicas: int = 1,
+    ) -> None:
         self.app = app
         self.supervised = False
         self.champion = write_champion(app.folder / "refreshed").version
         self.path = app.config(
             model={"path": str(app.folder / "refreshed")},
             topics={"replication": replicas},
-            drift=DRIFT,
+            drift={**DRIFT, **drift},
             refresh={**REFRESH, **refresh},
         )
         self.config: Config = configuration.load(self.path).config
@@ -296,7 +304,7 @@ def _stage(worker: Worker) -> str:
 def test_trainings_that_die_are_refused_the_next_one_works_and_a_bad_model_planted_by_hand_goes_back(
     make_app: Callable[..., App],
 ) -> None:
-    with closing(Stage(make_app(2, SPEC), {"mode": "external"})) as stage:
+    with closing(Stage(make_app(2, SPEC), {"mode": "external"}, NO_ALARM)) as stage:
         stage.app.start(config=stage.path)
         stage.feed(DRIFT_AT - PRETRAINED + 2_000)
         stage.app.wait_for_outputs(DRIFT_AT - PRETRAINED + 2_000, TIMEOUT_S)

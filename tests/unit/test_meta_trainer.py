@@ -151,6 +151,21 @@ def test_the_rate_follows_the_clock() -> None:
     assert pace.over
 
 
+def test_the_vectors_of_rare_items_decay_faster() -> None:
+    log = sequences.read_log([*tastes(300), *[e for e in tastes(4_000) if e.item_id == "i3"]], SPEC)
+    vocabulary, levels = sequences.fit(log, SPEC, 100), torch.from_numpy(log.levels)
+    parameters = trainer.Parameters(vocabulary, torch.zeros(16, 0), levels, SPEC, torch.Generator())
+    before = parameters.id_vector.detach().clone()
+    for parameter in parameters.parameters():
+        parameter.grad = torch.zeros_like(parameter)  # nothing but decay moves it
+    settings = msgspec.structs.replace(QUICK, warm_up=0.0, item_decay=3.0)
+    optimiser, _ = trainer._optimiser(parameters, settings, 0.01, Pace(steps=10, seconds=0.0, clock=lambda: 0.0))
+    optimiser.step()
+    shrunk = (parameters.id_vector.detach() / before).mean(1).numpy()  # [I]
+    np.testing.assert_allclose(shrunk, 1.0 - 0.01 * 3.0 * np.sqrt(50.0 / vocabulary.item_events), rtol=1e-5)
+    assert shrunk.max() - shrunk.min() > 0.03
+
+
 def test_training_stops_when_what_was_set_aside_gets_no_better(monkeypatch: pytest.MonkeyPatch) -> None:
     losses, seen = iter([0.6, 0.5, 0.55, 0.56, 0.1]), []
     figures = trainer.figures_of

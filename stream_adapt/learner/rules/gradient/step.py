@@ -1,7 +1,7 @@
 """The gradient rule, one event at a time: one step of logistic regression with meta-learned rates, compiled.
 
-Rows are records of the slab, float32, and are written in place, if they can hold the numbers; arithmetic is float64, one
-event after the other, so that results do not depend on how a stream was cut into batches.
+Rows are records of the slab, float32, and are written in place, if they can hold the numbers; arithmetic is float64,
+one event after the other, so that results do not depend on how a stream was cut into batches.
 
 With x̃ = [x + δ ; 1] and w = w₀ + d, everything with an index j learned in θ for each coordinate:
 
