@@ -82,6 +82,11 @@ def in_turn(told: list[tuple[int, str]]) -> list[str]:
     return [v for k, (_, v) in enumerate(told) if not k or told[k - 1][1] != v]
 
 
+def everywhere(app: App, partitions: int) -> bool:
+    """Whether every partition has scores: what is promoted now comes after some of each."""
+    return partitions == len({score["source_partition"] for score in app.scores()})
+
+
 def serving(member: Member) -> str:
     return member.pipeline.adapter.model.version if member.pipeline else ""
 
@@ -116,7 +121,7 @@ def test_a_group_serves_what_is_promoted_and_rolled_back_within_seconds_and_no_s
     with ExitStack() as stack:
         group = [stack.enter_context(Member(app, name).running()) for name in "abc"]
         until(lambda: [2, 2, 2] == [len(m.watch.shards) for m in group])
-        feed.until(lambda: len(app.scores()) > 200)
+        feed.until(lambda: everywhere(app, 6))
         said = promote(app, second)
         assert (second, first, "restart_items") == (said["version"], said["previous"], said["rows"])
         took = feed.until(lambda: [second] * 3 == [serving(m) for m in group])
@@ -174,7 +179,7 @@ def test_a_member_that_is_killed_around_a_swap_serves_the_announced_model_when_i
     first, second = read_model(registry(app)).version, successor(app).name
     feed = Feed(app)
     member = process(app, input={"max_batch": 50})
-    feed.until(lambda: len(app.scores()) > 100)
+    feed.until(lambda: everywhere(app, 2))
     for _ in range(10):
         feed.on()  # a backlog, so that the swap is in the middle of it
     promote(app, second)
@@ -303,8 +308,7 @@ def test_rows_that_moved_on_wait_for_their_model_where_it_is_missing(make_app: C
     (poor / first).symlink_to(registry(app) / first)
     feed = Feed(app)
     with Member(app, "a").running() as rich:
-        until(lambda: len(rich.watch.shards) == 2)
-        feed.on()
+        feed.until(lambda: everywhere(app, 2))
         promote(app, second)
         feed.until(lambda: serving(rich) == second)
         feed.on()
