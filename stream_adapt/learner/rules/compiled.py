@@ -18,7 +18,9 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numba import njit
+from llvmlite import ir
+from numba import njit, types
+from numba.extending import intrinsic
 
 from stream_adapt.learner.rules.events import Array, Events, Scores
 from stream_adapt.models import SlowWeights
@@ -33,6 +35,11 @@ HORIZON = 512.0
 SCORE_ONLY, NAN_UNDONE = int(Flag.SCORE_ONLY), int(Flag.NAN_UNDONE)
 LATE, DUPLICATE = int(Flag.LATE), int(Flag.DUPLICATE)
 
+
+#: Rows are fetched from memory so many events before they are read.
+AHEAD = 2
+#: What memory is fetched in, in bytes; arrays of the work space begin where a line does.
+_LINE = 64
 
 #: Of compiled functions that are a part of a rule's loop.
 inlined = njit(cache=True, error_model="numpy", forceinline=True)
@@ -103,7 +110,45 @@ def scratch_type(width: int, hidden: int, floats: int = 0) -> np.dtype[Any]:
     of_width = [(name, "<f8", (width,)) for name in ("x0", "x", "w0", "w", "d", "g", "square")]
     of_item = [("delta", "<f8", (width - 1,)), ("delta_var", "<f8", (width - 1,)), ("c", "<f8"), ("c_var", "<f8")]
     of_rule = [("P", "<f8", (floats,))] if floats else []
-    return np.dtype([*of_width, *of_rule, *of_item, ("f", "<f8", (hidden,)), ("size", "<i8"), ("floats", "<i8")])
+    fields = [*of_width, *of_rule, *of_item, ("f", "<f8", (hidden,)), ("size", "<i8"), ("floats", "<i8")]
+    return _on_lines(np.dtype(fields))
+
+
+def _on_lines(packed: np.dtype[Any]) -> np.dtype[Any]:
+    """The same fields, each from the start of a line on.
+
+    LLVM sees one record: where fields are no whole vectors apart, it takes a loop that reads one and writes another for
+    a loop whose vectors would wait for each other, and makes none.
+    """
+    names = list(packed.names or ())
+    formats = [packed[name] for name in names]
+    ends = np.cumsum([-(-each.itemsize // _LINE) * _LINE for each in formats]).tolist()
+    return np.dtype({"names": names, "formats": formats, "offsets": [0, *ends[:-1]], "itemsize": ends[-1]})
+
+
+@intrinsic
+def _prefetch(_context: Any, record: Any) -> Any:
+    """Tells the processor that a record will be read and written soon; LLVM's `llvm.prefetch`."""
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        number, address = ir.IntType(32), ir.IntType(8).as_pointer()
+        told = ir.FunctionType(ir.VoidType(), [address, number, number, number])
+        function = builder.module.declare_intrinsic("llvm.prefetch", [address], told)
+        start = builder.bitcast(arguments[0], address)
+        written, keep, data = number(1), number(3), number(1)
+        for offset in range(0, record.size, _LINE):
+            builder.call(function, [builder.gep(start, [number(offset)]), written, keep, data])
+        return context.get_dummy_value()
+
+    return types.void(record), generate
+
+
+@inlined
+def fetch_ahead(i, users, items, user, item):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Asks for the rows of an event to come: those of many users lie in no cache."""
+    soon = min(i + AHEAD, user.shape[0] - 1)
+    _prefetch(users[user[soon]])  # type: ignore[call-arg]  # an intrinsic's context is Numba's to give
+    _prefetch(items[item[soon]])
 
 
 @inlined
@@ -128,6 +173,7 @@ def encode(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
         f[h] = implicit_item[item, h]
     for j in range(width):
         x0[j] = item_vector[item, j] + content_vectors[text, j]
+    for j in range(width):  # by itself: LLVM asks what overlaps before a loop's vectors, and with both asks too much
         w0[j] = prior_vectors[user, j]
     for k in range(pointers[i], pointers[i + 1]):
         row, weight = rows[k], weights[k]
