@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--sets", default="movielens-100k,movielens-1m")
     parser.add_argument("--levels", default="all,two")
     parser.add_argument("--seeds", default=3, type=int)
-    parser.add_argument("--peers", default=",".join(n for n in baselines.NAMES if n != baselines.FROZEN))
+    parser.add_argument("--peers", default=",".join(set(baselines.NAMES) - {baselines.FROZEN, baselines.DIRECT}))
     parser.add_argument("--threads", default=1, type=int)
     given = parser.parse_args()
     torch.set_num_threads(given.threads)

@@ -110,6 +110,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     window: DataWindow | None = None
     rows: RowMode | None = None  # how it was judged, and is to take its parent's place; None: nobody said
     decision: Decision | None = None  # the last one
+    level_noise: bool = False  # whether θ's differ by level: releases that know of none must not read the model
 
 
 def _nothing() -> Floats32:
@@ -137,9 +138,15 @@ class SlowWeights(msgspec.Struct, frozen=True):
     leak: Floats32  # [2] a, b of γ = exp(−(a + b·log(1 + Δt/1 h))); of the gradient rule [2, D+1]
     readout: Floats32  # [3] α, κ, β of p = σ(α z/√(1 + κ v) + β)
     item_variance: Floats32  # [2] V₀ of an item's bias and of each coordinate of its offset
+    # Empty, as a model is made without it: ones, and not in its file.
+    level_noise: Floats32 = msgspec.field(default_factory=_nothing)  # [L] factors on σ² by the level of what is seen
     # Only of a model with a calibrator; else empty, and not in its file.
     calibrator: Floats32 = msgspec.field(default_factory=_nothing)  # [K] a
     item_mean: Floats32 = msgspec.field(default_factory=_nothing)  # [n] share at the target less that of all, shrunk
+
+    def __post_init__(self) -> None:
+        if not len(self.level_noise):
+            msgspec.structs.force_setattr(self, "level_noise", np.ones(len(self.level_scores), np.float32))
 
     def expected_shapes(self, spec: LearnerSpec) -> dict[str, tuple[int, ...]]:
         """The shapes that the manifest's spec asks for."""
@@ -162,6 +169,7 @@ class SlowWeights(msgspec.Struct, frozen=True):
             "leak": spec.leak_shape,
             "readout": (3,),
             "item_variance": (2,),
+            "level_noise": (levels,),
             **calibrated,
         }
 
@@ -203,6 +211,9 @@ def write_model(
     """
     _check(weights, spec, fitted, where=str(registry))
     arrays = {name: np.ascontiguousarray(getattr(weights, name)) for name in weights.expected_shapes(spec)}
+    differs = bool(np.any(weights.level_noise != 1.0))
+    if not differs:
+        del arrays["level_noise"]
     content = save(arrays)
     digest = hashlib.sha256(content).hexdigest()
     now = time.time()
@@ -219,6 +230,7 @@ def write_model(
         parent=parent,
         window=window,
         rows=rows,
+        level_noise=differs,
     )
     return _publish(registry / version, content, _as_json(manifest))
 
@@ -242,8 +254,11 @@ def record_decision(folder: Path, decision: Decision) -> Manifest:
 
 def _as_json(manifest: Manifest) -> bytes:
     told = msgspec.to_builtins(manifest, str_keys=True)
-    if manifest.spec.calibrator == "none":  # as releases wrote it that knew of none, and read it
+    # What a model has not is left out: as releases wrote it that knew of none, and read it.
+    if manifest.spec.calibrator == "none":
         del told["spec"]["calibrator"]
+    if not manifest.level_noise:
+        del told["level_noise"]
     return msgspec.json.format(msgspec.json.encode(told), indent=2)
 
 
@@ -423,7 +438,7 @@ def _check(weights: SlowWeights, spec: LearnerSpec, fitted: tuple[FittedFeature,
             raise ModelError(f"{where}: {name} has shape {array.shape}, the spec asks for {shape}")
         if not np.all(np.isfinite(array)):
             raise ModelError(f"{where}: {name} holds numbers that are not finite")
-    for name in ("noise", "prior_variance", "item_variance"):
+    for name in ("noise", "prior_variance", "item_variance", "level_noise"):
         if np.any(getattr(weights, name) <= 0):
             raise ModelError(f"{where}: {name}={getattr(weights, name).tolist()} must be above 0: it is a variance")
     if weights.readout[1] < 0:

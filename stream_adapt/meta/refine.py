@@ -252,7 +252,8 @@ class _Refinement:
         """θ as service reads it. What stays is the champion's to the bit: exp(log x) is not always x."""
         old, weights = self._champion.weights, trainer.fold(parameters, known, self._settings)
         weights = calibrator.without(weights, self._champion.spec, known.item_mean)
-        kept = ("prior_variance", "level_scores", "noise", "leak", "readout", "item_variance", "calibrator")
+        kept = ["prior_variance", "level_scores", "noise", "level_noise", "leak", "readout"]
+        kept += ["item_variance", "calibrator"]
         return msgspec.structs.replace(weights, **{name: getattr(old, name) for name in kept})
 
 

@@ -128,9 +128,10 @@ class Reference:
             flags = Flag.SCORE_ONLY | (Flag.LATE if late else 0)
             return score, frozen, score, math.sqrt(v + v_item), user.count, int(flags)
 
-        e, total = theta["level_scores"][level] - z, v + noise + v_item
+        r = v + noise * float(theta["level_noise"][level])
+        e, total = theta["level_scores"][level] - z, r + v_item
         item.settle(window)
-        item.pending.append((np.append(w[:size], 1.0), e, v + noise))
+        item.pending.append((np.append(w[:size], 1.0), e, r))
         user.d = gamma * user.d + P @ x * e / total
         user.f = user.f + self.implicit(item_id)
         user.P = P - np.outer(P @ x, P @ x) / total

@@ -78,10 +78,25 @@ def test_no_correction_changes_nothing() -> None:
         np.testing.assert_array_equal(array, getattr(same, name), err_msg=name)
 
 
+def test_a_level_that_says_little_is_given_more_noise() -> None:
+    """Half of the users like all things, half none; one event in four says the lowest level at random."""
+    model, batch = random_model(), lesson(2_000)
+    weights = msgspec.structs.replace(model.weights, level_noise=np.ones(5, np.float32))
+    random = np.random.default_rng(0)
+    likes = np.array([int(user[1:]) % 2 > 0 for user in batch.user_ids])
+    levels = np.where(random.random(len(batch)) < 0.25, 0, np.where(likes, 4, 1)).astype(np.int8)
+    found = readout.fit(weights, model.spec, (), read_batches([dataclasses.replace(batch, levels=levels)]))
+    assert found.level_noise is not None
+    assert found.level_noise[0] > 1.4 * found.level_noise[[1, 4]].max()
+    assert list(found.level_noise[[2, 3]]) == [1.0, 1.0]  # never seen
+
+
 def test_only_the_noise_and_the_readout_move() -> None:
     weights = random_model().weights
-    other = readout.Correction(2.0, 0.5, 3.0, 0.25).apply(weights)
+    by_level = np.array([1.0, 2.0, 0.5, 1.0, 4.0], np.float32)
+    other = readout.Correction(2.0, 0.5, 3.0, 0.25, by_level).apply(weights)
     assert other.noise[0] == 2 * weights.noise[0]
+    np.testing.assert_array_equal(weights.level_noise * by_level, other.level_noise)
     np.testing.assert_allclose(weights.readout * [0.5, 3, 1] + [0, 0, 0.25], other.readout, rtol=1e-6)
-    for name in set(msgspec.structs.asdict(weights)) - {"noise", "readout"}:
+    for name in set(msgspec.structs.asdict(weights)) - {"noise", "readout", "level_noise"}:
         assert getattr(other, name) is getattr(weights, name), name

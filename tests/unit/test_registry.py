@@ -10,6 +10,7 @@ import msgspec
 import numpy as np
 import pytest
 from learner_streams import random_model
+from safetensors.numpy import load_file
 
 from stream_adapt.errors import ModelError, ModelMissing, ModelUnfit
 from stream_adapt.models import (
@@ -50,6 +51,22 @@ def test_a_manifest_keeps_where_a_version_came_from_and_what_was_decided(tmp_pat
     assert ("v0", WINDOW, "restart_items") == (manifest.parent, manifest.window, manifest.rows)
     assert (DECISION, {"logloss": 0.5}) == (manifest.decision, manifest.figures)
     assert ["manifest.json", "model.safetensors"] == sorted(p.name for p in folder.iterdir())
+
+
+def test_noise_by_level_is_said_in_the_manifest_and_left_out_where_levels_share_one(tmp_path: Path) -> None:
+    """Releases that know of none read what has none, and refuse what has: their manifests know no such field."""
+    model = random_model()
+    same = msgspec.structs.replace(model.weights, level_noise=np.zeros(0, np.float32))
+    for weights, differs in ((model.weights, True), (same, False)):
+        folder = write_model(tmp_path, weights, model.spec, model.manifest.fitted)
+        assert differs == json.loads((folder / "manifest.json").read_text()).get("level_noise", False)
+        assert differs == ("level_noise" in load_file(folder / "model.safetensors"))
+        np.testing.assert_array_equal(weights.level_noise, read_model(folder).weights.level_noise)
+    assert list(same.level_noise) == [1.0] * 5
+    for wrong, why in (([1, 1, 0, 1, 1], "above 0"), ([1, 1, 1, 1], "shape")):
+        weights = msgspec.structs.replace(same, level_noise=np.array(wrong, np.float32))
+        with pytest.raises(ModelError, match=f"level_noise.*{why}"):
+            write_model(tmp_path, weights, model.spec, model.manifest.fitted)
 
 
 def test_a_manifest_of_format_2_is_read(tmp_path: Path) -> None:

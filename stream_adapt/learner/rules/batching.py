@@ -48,6 +48,7 @@ class Theta(NamedTuple):
     readout: Tensor  # [3] α, κ, β
     item_variance: Tensor  # [2] V₀ of c and of each coordinate of δ
     level_scores: Tensor  # [L] s
+    level_noise: Tensor  # [L] factors on σ²
     prior_variance: Tensor  # [D+1] diagonal of P₀
     item_vector: Tensor  # [I+1, D+1] of I known items, and a last row of zeros for all others
     item_events: Tensor  # [I+1]

@@ -150,6 +150,7 @@ class Kalman:
             readout=readout.double(),
             item_variance=nothing,
             level_scores=level_scores.double(),
+            level_noise=torch.ones_like(level_scores, dtype=torch.float64),
             prior_variance=prior_variance.double(),
             item_vector=nothing,
             item_events=nothing,

@@ -103,12 +103,13 @@ def read(theta: Theta, users: Users, seen: Seen, screen: Screen = LEARN_ALL) -> 
 
 
 def write(theta: Theta, users: Users, seen: Seen, reading: Reading, screen: Screen = LEARN_ALL) -> Written:
-    """Learns from m events: e = s − z, T = v + σ² + v_item, d += P x̃ e/T, P −= P x̃ x̃ᵀP/T.
+    """Learns from m events: e = s − z, T = v + σ²_ℓ + v_item, d += P x̃ e/T, P −= P x̃ x̃ᵀP/T.
 
     A row stays as it was, without the leak, if its event carries no level or a flag that bars it, or if the update is
     not finite.
     """
-    e, r = theta.level_scores[seen.level.clamp(min=0)] - reading.z, reading.v + theta.noise  # [m], [m]
+    level = seen.level.clamp(min=0)  # [m]
+    e, r = theta.level_scores[level] - reading.z, reading.v + theta.noise * theta.level_noise[level]  # [m], [m]
     total = (r + reading.v_item)[:, None]  # [m, 1]
     d = reading.d + reading.g * e[:, None] / total  # [m, D+1]
     P = reading.P - _outer(reading.g, reading.P.shape[1]) / total  # [m, K]  # noqa: N806

@@ -10,8 +10,8 @@ With x̃ = [x + δ ; 1], w = w₀ + d, and P kept as its diagonal or its packed 
     leak      γ = exp(−(a + b·log(1 + Δt/1 h)))    d ← γ d      P ← γ²P + (1 − γ²)P₀
     read      z = b + c + ⟨w, x̃⟩     v = x̃ᵀP x̃     v_item = V_c + Σⱼ wⱼ² V_δⱼ
     score     p = σ(α z / √(1 + κ(v + v_item)) + β)
-    learn     e = s − z     T = v + σ² + v_item     d += P x̃ e/T     P −= P x̃ x̃ᵀP/T
-    item      R = v + σ²    Σ 1/R, Σ e/R (bias)    Σ w²/R, Σ w e/R (offset), applied in a later window
+    learn     e = s − z     T = v + σ²_ℓ + v_item     d += P x̃ e/T     P −= P x̃ x̃ᵀP/T
+    item      R = v + σ²_ℓ    Σ 1/R, Σ e/R (bias)    Σ w²/R, Σ w e/R (offset), applied in a later window
 
 Sources: Kalman 1960; the prior is meta-learned as in Harrison et al. 2018 (ALPaCA, arXiv 1807.08912); the leak is an
 Ornstein–Uhlenbeck process sampled at the events; the readout is MacKay's 1992 approximation of a logistic-normal
@@ -69,6 +69,7 @@ def theta_of(model: Model) -> Theta:
     numbers["alpha"], numbers["kappa"], numbers["beta"] = weights.readout
     numbers["bias_variance"], numbers["offset_variance"] = weights.item_variance
     numbers["prior_variance"], numbers["level_scores"] = weights.prior_variance, weights.level_scores
+    numbers["level_noise"] = np.multiply(weights.noise, weights.level_noise, dtype=np.float64)
     numbers["implicit_map"] = weights.implicit_map.ravel()
     for name, value in calibrator_numbers(model).items():
         numbers[name] = value
@@ -91,10 +92,13 @@ def adapt(theta: Theta, users: Array, items: Array, events: Events, out: Scores)
 
 @cache
 def _numbers_type(width: int, levels: int, hidden: int, terms: int) -> np.dtype[Any]:
-    """θ's numbers: b, σ², leak, readout, an item's first variances, P₀ `[D+1]`, s `[L]`, Bᵀ `[H·(D+1)]`, a `[K]`."""
+    """θ's numbers.
+
+    b, σ², leak, readout, an item's first variances, P₀ `[D+1]`, Bᵀ `[H·(D+1)]`, s and σ²_ℓ `[L]`, a `[K]`.
+    """
     single = ("bias", "noise", "leak_a", "leak_b", "alpha", "kappa", "beta", "bias_variance", "offset_variance")
-    arrays = [("prior_variance", "<f8", (width,)), ("level_scores", "<f8", (levels,))]
-    arrays.append(("implicit_map", "<f8", (hidden * width,)))
+    arrays = [("prior_variance", "<f8", (width,)), ("implicit_map", "<f8", (hidden * width,))]
+    arrays += [("level_scores", "<f8", (levels,)), ("level_noise", "<f8", (levels,))]
     return np.dtype([*calibrator_fields(terms), *((name, "<f8") for name in single), *arrays])
 
 
@@ -148,7 +152,7 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
     if event.level < 0:
         event.flags |= SCORE_ONLY
     elif event.flags & event.barred == 0:
-        e, r = theta.level_scores[event.level] - z, v + theta.noise
+        e, r = theta.level_scores[event.level] - z, v + theta.level_noise[event.level]
         v_new, fits = _learn_user(e, r + v_item, v, s)
         if fits and item_fits(r, e, s):
             event.updated = calibrated(theta, z + v * e / (r + v_item), v_new + v_item, added)
