@@ -92,7 +92,7 @@ def random_model(
         level_scores=np.linspace(-2.5, 2.2, len(LEVELS)).astype(np.float32),
         bias=normal(1),
         noise=np.array([1.3], np.float32),
-        level_noise=np.array([1.7, 1.2, 0.6, 0.9, 1.1], np.float32),
+        level_noise=np.array([1.5, 1.2, 0.7, 0.9, 1.1], np.float32),
         leak=_leak(spec, rng),
         readout=np.array([1.1, 0.3, 0.2], np.float32),
         item_variance=np.array([0.2, 0.05], np.float32),
