@@ -440,7 +440,8 @@ def _check(weights: SlowWeights, spec: LearnerSpec, fitted: tuple[FittedFeature,
             raise ModelError(f"{where}: {name} holds numbers that are not finite")
     for name in ("noise", "prior_variance", "item_variance", "level_noise"):
         if np.any(getattr(weights, name) <= 0):
-            raise ModelError(f"{where}: {name}={getattr(weights, name).tolist()} must be above 0: it is a variance")
+            found = getattr(weights, name).tolist()
+            raise ModelError(f"{where}: {name}={found} must be above 0: a variance, or a factor on one")
     if weights.readout[1] < 0:
         raise ModelError(f"{where}: readout κ={weights.readout[1]} must not be negative")
     if min(spec.dimension, spec.window, spec.ring) < 1 or spec.implicit < 0:
