@@ -628,14 +628,14 @@ def demo(as_json: bool, **options: Any) -> None:
     default="later",
     show_default=True,
     type=click.Choice(["later", "users"]),
-    help="Figures are of a tenth of the events: the last ones, or all those of some users.",
+    help="Figures are of events that are set aside: the last ones, or all those of some users.",
 )
 @click.option(
     "--patience",
     default=0,
     show_default="never",
     type=click.IntRange(min=0),
-    help="Stop after so many epochs without a lower log-loss on that tenth.",
+    help="Stop after so many epochs without a lower log-loss on those.",
 )
 @click.option(
     "--accumulate",

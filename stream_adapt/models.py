@@ -110,7 +110,9 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     window: DataWindow | None = None
     rows: RowMode | None = None  # how it was judged, and is to take its parent's place; None: nobody said
     decision: Decision | None = None  # the last one
-    level_noise: bool = False  # whether θ's differ by level: releases that know of none must not read the model
+    # Whether θ has these: releases that know of none must not read the model.
+    level_noise: bool = False
+    outcome_weight: bool = False
 
 
 def _nothing() -> Floats32:
@@ -140,6 +142,7 @@ class SlowWeights(msgspec.Struct, frozen=True):
     item_variance: Floats32  # [2] V₀ of an item's bias and of each coordinate of its offset
     # Empty, as a model is made without it: ones, and not in its file.
     level_noise: Floats32 = msgspec.field(default_factory=_nothing)  # [L] factors on σ² by the level of what is seen
+    outcome_weight: Floats32 = msgspec.field(default_factory=_nothing)  # [1] λ of the Kalman rule; empty, likewise: 0
     # Only of a model with a calibrator; else empty, and not in its file.
     calibrator: Floats32 = msgspec.field(default_factory=_nothing)  # [K] a
     item_mean: Floats32 = msgspec.field(default_factory=_nothing)  # [n] share at the target less that of all, shrunk
@@ -147,6 +150,8 @@ class SlowWeights(msgspec.Struct, frozen=True):
     def __post_init__(self) -> None:
         if not len(self.level_noise):
             msgspec.structs.force_setattr(self, "level_noise", np.ones(len(self.level_scores), np.float32))
+        if not len(self.outcome_weight):
+            msgspec.structs.force_setattr(self, "outcome_weight", np.zeros(1, np.float32))
 
     def expected_shapes(self, spec: LearnerSpec) -> dict[str, tuple[int, ...]]:
         """The shapes that the manifest's spec asks for."""
@@ -170,6 +175,7 @@ class SlowWeights(msgspec.Struct, frozen=True):
             "readout": (3,),
             "item_variance": (2,),
             "level_noise": (levels,),
+            "outcome_weight": (1,),
             **calibrated,
         }
 
@@ -211,9 +217,10 @@ def write_model(
     """
     _check(weights, spec, fitted, where=str(registry))
     arrays = {name: np.ascontiguousarray(getattr(weights, name)) for name in weights.expected_shapes(spec)}
-    differs = bool(np.any(weights.level_noise != 1.0))
-    if not differs:
-        del arrays["level_noise"]
+    differs, weighs = bool(np.any(weights.level_noise != 1.0)), bool(weights.outcome_weight[0] > 0.0)
+    for name, there in (("level_noise", differs), ("outcome_weight", weighs)):
+        if not there:
+            del arrays[name]
     content = save(arrays)
     digest = hashlib.sha256(content).hexdigest()
     now = time.time()
@@ -231,6 +238,7 @@ def write_model(
         window=window,
         rows=rows,
         level_noise=differs,
+        outcome_weight=weighs,
     )
     return _publish(registry / version, content, _as_json(manifest))
 
@@ -257,8 +265,9 @@ def _as_json(manifest: Manifest) -> bytes:
     # What a model has not is left out: as releases wrote it that knew of none, and read it.
     if manifest.spec.calibrator == "none":
         del told["spec"]["calibrator"]
-    if not manifest.level_noise:
-        del told["level_noise"]
+    for name in ("level_noise", "outcome_weight"):
+        if not told[name]:
+            del told[name]
     return msgspec.json.format(msgspec.json.encode(told), indent=2)
 
 
@@ -442,6 +451,8 @@ def _check(weights: SlowWeights, spec: LearnerSpec, fitted: tuple[FittedFeature,
         if np.any(getattr(weights, name) <= 0):
             found = getattr(weights, name).tolist()
             raise ModelError(f"{where}: {name}={found} must be above 0: a variance, or a factor on one")
+    if not 0 <= weights.outcome_weight[0] <= 1:
+        raise ModelError(f"{where}: outcome_weight={weights.outcome_weight.tolist()} must be a share, from 0 to 1")
     if weights.readout[1] < 0:
         raise ModelError(f"{where}: readout κ={weights.readout[1]} must not be negative")
     if min(spec.dimension, spec.window, spec.ring) < 1 or spec.implicit < 0:

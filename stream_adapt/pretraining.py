@@ -57,7 +57,7 @@ class Pretrained(msgspec.Struct):
     events: int
     seconds: float
     objective: str
-    figures: dict[str, float]  # on the tenth of the events that was set aside, of a training that did not see it
+    figures: dict[str, float]  # on the events that were set aside, of a training that did not see them
 
 
 def pretrain_source(request: Request, console: Console) -> Pretrained:

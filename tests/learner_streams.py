@@ -93,6 +93,7 @@ def random_model(
         bias=normal(1),
         noise=np.array([1.3], np.float32),
         level_noise=np.array([1.5, 1.2, 0.7, 0.9, 1.1], np.float32),
+        outcome_weight=np.array([0.25 if rule == "kalman" else 0.0], np.float32),
         leak=_leak(spec, rng),
         readout=np.array([1.1, 0.3, 0.2], np.float32),
         item_variance=np.array([0.2, 0.05], np.float32),

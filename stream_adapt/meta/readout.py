@@ -5,11 +5,13 @@ does not: so after a training that stopped early, the rule itself goes over the 
 learning, and these numbers are moved to where its probabilities would have been most likely. What they moved by is
 applied to the training on everything. Platt's scaling (1999) is the case of α and β alone. That levels differ in noise
 training does not know: a user's one star says less of the next event than the scores of levels alone would have it.
+The Kalman rule learns by the readout, too, so what it says is heard again with the readout that was found.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
@@ -68,21 +70,26 @@ def fit(weights: SlowWeights, spec: LearnerSpec, fitted: tuple[FittedFeature, ..
     targets = torch.from_numpy((log.levels >= spec.feedback.target_level).astype(np.float64))  # [n]
     events = encoded(weights, spec, fitted, log)
 
-    def tried(powers: Floats) -> _Tried:
+    def tried(powers: Floats, learns_by: Correction) -> _Tried:
         factors = np.exp2(powers).astype(np.float32)  # [1+L]
-        correction = Correction(noise=float(factors[0]), level_noise=factors[1:])
+        correction = learns_by._replace(noise=float(factors[0]), level_noise=factors[1:])
         z, variance = _linear(correction.apply(weights), spec, events)
         (alpha, kappa, beta), loss = _readout(z, variance, targets, weights.readout)
         loss += 0.5 * float(np.square(np.log(2.0) * powers / PRIOR[0]).sum())
         return _Tried(loss, powers, correction._replace(alpha=alpha, kappa=kappa, beta=beta))
 
     alone = np.eye(1 + len(weights.level_scores))  # [1+L, 1+L]
-    best = min((tried(power * alone[0]) for power in NOISES), key=lambda one: one.loss)
+    found = Correction()
+    for _ in range(2):
+        best = min((tried(power * alone[0], found) for power in NOISES), key=lambda one: one.loss)
+        found = best.correction
     levels = np.unique(log.levels) if len(weights.level_scores) > 2 else ()
     for step in LEVEL_STEPS:
+        here = partial(tried, learns_by=best.correction)
+        best = here(best.powers)
         for level in levels:
-            best = _descended(tried, best, step * alone[1 + level])
-        best = _descended(tried, best, step / 2 * alone[0])
+            best = _descended(here, best, step * alone[1 + level])
+        best = _descended(here, best, step / 2 * alone[0])
     return best.correction
 
 
@@ -135,9 +142,10 @@ def encoded(weights: SlowWeights, spec: LearnerSpec, fitted: tuple[FittedFeature
 
 def _linear(weights: SlowWeights, spec: LearnerSpec, events: Events) -> tuple[Tensor, Tensor]:
     """z and v + v_item `[n]` of every event before it was learned, all users and items at their start."""
-    plain = msgspec.structs.replace(weights, readout=np.array([1.0, 0.0, 0.0], np.float32))  # p = σ(z)
-    model = served(plain, msgspec.structs.replace(spec, calibrator="none"))
-    return heard(model, first_users(model, int(events.user.max()) + 1), events)
+    model = served(weights, msgspec.structs.replace(spec, calibrator="none"))
+    logits, variance = heard(model, first_users(model, int(events.user.max()) + 1), events)
+    alpha, kappa, beta = weights.readout.tolist()
+    return (logits - beta) * torch.sqrt(1.0 + kappa * variance) / alpha, variance
 
 
 def served(weights: SlowWeights, spec: LearnerSpec) -> Model:

@@ -41,7 +41,7 @@ from stream_adapt.models import Model, RowMode, SlowWeights
 Bools = npt.NDArray[np.bool_]
 
 #: How a challenger is trained, but for time and seed. Without co-occurrence: its features would be of other axes.
-SETTINGS = TrainSettings(epochs=5, rate=0.02, cooccurrence=0)
+SETTINGS = TrainSettings(epochs=5, rate=0.02, cooccurrence=0, validation_share=0.1)
 #: With fewer events before the newest slice a candidate is not worth its training.
 FEWEST_EVENTS = 500
 #: The newest slice has at least so many events where the world moved, if that leaves three quarters to learn from: of
@@ -253,16 +253,16 @@ class _Refinement:
         old, weights = self._champion.weights, trainer.fold(parameters, known, self._settings)
         weights = calibrator.without(weights, self._champion.spec, known.item_mean)
         kept = ["prior_variance", "level_scores", "noise", "level_noise", "leak", "readout"]
-        kept += ["item_variance", "calibrator"]
+        kept += ["item_variance", "outcome_weight", "calibrator"]
         return msgspec.structs.replace(weights, **{name: getattr(old, name) for name in kept})
 
 
 def newest(log: Log, newer: Bools | None, settings: TrainSettings) -> Bools:
     """Which events `[n]` candidates are judged by: the last ones, of the world as it is now."""
     if newer is None or not newer.any():
-        return held_out(log, "later", settings.validation_share, settings.seed)
+        return held_out(log, "later", trainer.set_aside(settings, len(log)), settings.seed)
     count = int(newer.sum())
-    judged = max(round(settings.validation_share * count), min(FEWEST_JUDGED, count // 4))
+    judged = max(round(trainer.set_aside(settings, len(log)) * count), min(FEWEST_JUDGED, count // 4))
     return newer & (np.cumsum(newer) > count - judged)
 
 

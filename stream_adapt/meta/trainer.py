@@ -54,7 +54,9 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cooccurrence_items: int = 5_000  # that take part, the most frequent: memory is the square of it
     item_bias_variance: float = 0.2  # V₀
     item_offset_variance: float = 0.05  # of each coordinate
-    validation_share: float = 0.1  # of the events, set aside; 0: no figures, no fitted readout, and half the time
+    outcome_weight: float = 0.25  # λ of the Kalman rule in service, from 0 to 1; training itself has none
+    # Of the events, set aside; 0: no figures, no fitted readout, no λ, and half the time. None: by the size of the log.
+    validation_share: float | None = None
     validate: Validate = "later"  # what is set aside: the last events, or all those of some users
     patience: int = 0  # epochs without a lower log-loss there after which training stops; 0: it goes on to the end
     objective: objective.Settings = objective.Settings()
@@ -73,6 +75,9 @@ JITTER = 0.2
 RATES, SMALL_LOG = (0.006, 0.01), 100_000
 #: Epochs likewise. With 9 in place of 7 MovieLens-1M had a log-loss 0.0008 lower, MovieLens-100K one 0.002 higher.
 EPOCHS = (7, 9)
+#: Share that is set aside likewise: the readout of a small log is fitted to few events. With 0.3 in place of 0.1 the
+#: calibration error on MovieLens-100K's first half fell from 0.017 to 0.014; more gained nothing on MovieLens-1M.
+SHARES = (0.3, 0.1)
 #: Where σ² starts. Under the gradient rule, which does not learn it, it only says how sure pretraining is of an item: 1
 #: over the curvature of the logistic loss at ½.
 NOISE: dict[RuleName, float] = {"kalman": 2.0, "gradient": 4.0}
@@ -142,7 +147,9 @@ def pretrain_each(
     settings = msgspec.structs.replace(settings, epochs=settings.epochs or EPOCHS[len(log) > SMALL_LOG])
     check_log(log, spec)
     where = torch_device(device)
-    held = held_out(log, settings.validate, settings.validation_share, settings.seed)  # [n]
+    held = held_out(log, settings.validate, set_aside(settings, len(log)), settings.seed)  # [n]
+    if not held.any():
+        settings = msgspec.structs.replace(settings, outcome_weight=0.0)  # what is not fitted stays as in training
     steps = Steps(progress, trainings=2 if held.any() else 1)
     share = msgspec.structs.replace(settings, seconds=settings.seconds / steps.left)
     figures: dict[str, float] = {}
@@ -175,6 +182,11 @@ def pretrain_each(
         Trained(correction.apply(weights), vocabulary.fitted, figures, about)
         for correction, weights in zip(corrections, folded, strict=True)
     ]
+
+
+def set_aside(settings: TrainSettings, events: int) -> float:
+    """The share of so many events that is set aside."""
+    return SHARES[events > SMALL_LOG] if settings.validation_share is None else settings.validation_share
 
 
 def torch_device(name: str) -> torch.device:
@@ -510,6 +522,8 @@ def _folded_for(
 ) -> list[SlowWeights]:
     """θ for each spec: as trained, or in axes of its own for a diagonal covariance."""
     weights = fold(parameters, vocabulary, settings)
+    if parameters.spec.rule == "kalman":
+        weights = msgspec.structs.replace(weights, outcome_weight=np.array([settings.outcome_weight], np.float32))
     narrow = [spec.rule == "kalman" and spec.covariance == "diagonal" for spec in specs]
     turned = axes.turned(weights, _second_moment(parameters, columns)) if any(narrow) else weights
     both = zip(specs, (turned if each else weights for each in narrow), strict=True)

@@ -17,6 +17,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from learner_streams import KNOWN_ITEMS, VARIANTS, adapt_all, cut, model_of, part, random_model, random_stream, state_of
+from msgspec import structs
 from torch import Tensor
 
 from stream_adapt.adapt import Adapter
@@ -27,7 +28,7 @@ from stream_adapt.learner.rules.batching import Items, Seen, Theta
 from stream_adapt.learner.rules.kalman import batched
 from stream_adapt.learner.rules.kalman.batched import Users
 from stream_adapt.models import Covariance, RuleName
-from stream_adapt.record import Adapted
+from stream_adapt.record import Adapted, Flag
 from stream_adapt.state.table import Table
 
 #: Rows are float32, and the item sums may be added up in another order.
@@ -50,9 +51,9 @@ def numbers(table: Table) -> dict[str, np.ndarray]:  # type: ignore[type-arg]
     return {f.name: table.rows[f.name][table.partition_of >= 0].astype(np.float64) for f in table.layout.fields}
 
 
-def last_bit(values: np.ndarray) -> np.ndarray:  # type: ignore[type-arg]
-    """The norm `[m]` of one unit in the last place of every float32 of `[m, k]`."""
-    return np.linalg.norm(np.spacing(values.astype(np.float32)), axis=1)
+def last_bit(values: np.ndarray, times: np.ndarray | float = 1.0) -> np.ndarray:  # type: ignore[type-arg]
+    """The norm `[m]` of one unit in the last place of every float32 of `[m, k]`, each times something."""
+    return np.linalg.norm(np.spacing(values.astype(np.float32)) * times, axis=1)
 
 
 def copy_rows(source: Table, target: Table) -> None:
@@ -65,18 +66,27 @@ def copy_rows(source: Table, target: Table) -> None:
 
 
 def assert_same_update(before: Table, expected: Table, actual: Table) -> None:
-    """Row by row the changes of weights and variances agree, relative to the change and but for the last bit stored."""
-    old, new, other = numbers(before), numbers(expected), numbers(actual)
+    """Row by row the changes of weights and variances agree, relative to the change and but for the last bit stored.
+
+    Every event that a row learns from rounds it: such bits add up as the steps of a random walk do, to √n of one. Of
+    an item its sums are rounded, too, which move its weights by the variance.
+    """
     rows = len(before)
+    old, new, other = (
+        {name: field[:rows].reshape(rows, -1) for name, field in numbers(table).items()}
+        for table in (before, expected, actual)
+    )
+    bits = np.sqrt(np.maximum(new["count"] - old["count"], 1.0))[:, 0]  # [m]
     for name in {"d", "P", "missed", "c", "delta"} & set(new):
-        change, other_change = (n[name][:rows].reshape(rows, -1) - old[name].reshape(rows, -1) for n in (new, other))
-        allowed = TOLERANCE * np.linalg.norm(change, axis=1) + last_bit(new[name][:rows].reshape(rows, -1))
+        change, other_change = new[name] - old[name], other[name] - old[name]
+        allowed = TOLERANCE * np.linalg.norm(change, axis=1)
+        allowed += bits * last_bit(new[name])
+        if f"{name}_sum" in new:
+            allowed += bits * last_bit(new[f"{name}_sum"], old[f"{name}_var"])
         assert np.all(np.linalg.norm(change - other_change, axis=1) <= allowed), name
-    for name, expected_field in new.items():
-        exact = before.layout.dtype[name].base.kind in "iu"
-        np.testing.assert_allclose(
-            other[name], expected_field, rtol=0 if exact else TOLERANCE, atol=0 if exact else TOLERANCE, err_msg=name
-        )
+    for name, expected_field in numbers(expected).items():
+        within = 0 if before.layout.dtype[name].base.kind in "iu" else TOLERANCE
+        np.testing.assert_allclose(numbers(actual)[name], expected_field, rtol=within, atol=within, err_msg=name)
 
 
 def assert_said_close(expected: Adapted, actual: Adapted) -> None:
@@ -212,6 +222,37 @@ def test_gradients_through_the_updates_equal_finite_differences(covariance: Cova
     assert torch.autograd.gradcheck(scores, theta, fast_mode=True)
     gradients = torch.autograd.grad(scores(*theta)[-4:].sum(), theta)  # of the last events: through all updates
     assert all(g.abs().sum() > 0 for g in gradients)
+
+
+@pytest.mark.parametrize("level", range(5))
+def test_an_outcome_alone_is_learned_by_the_slope_and_the_curvature_of_its_likelihood(level: int) -> None:
+    """With λ = 1: u is the first derivative of log p(y) in z, h the second with its sign turned."""
+    theta = Theta.of(random_model().weights, target=3)._replace(outcome_weight=torch.ones(1, dtype=torch.float64))
+    z = torch.linspace(-3, 3, 7, dtype=torch.float64, requires_grad=True)
+    variance, said = torch.linspace(0.1, 4, 7, dtype=torch.float64), torch.full((7,), level)
+    p = batching.read_out(theta, z, variance)
+    likelihood = torch.where(said >= 3, p, 1 - p).log().sum()
+    (slope,) = torch.autograd.grad(likelihood, z, create_graph=True)
+    (curvature,) = torch.autograd.grad(slope.sum(), z)
+    u, h = batched._weighed(theta, said, z, variance)
+    torch.testing.assert_close(u, slope)
+    torch.testing.assert_close(h, -curvature)
+
+
+@pytest.mark.parametrize("device", ["cpu", "torch-cpu"])
+@both_covariances
+def test_variances_stay_positive_however_steep_the_readout(covariance: Covariance, device: str) -> None:
+    """Without κ the outcome's curvature does not fall with the variance: what an event tells has a bound of its own."""
+    model, steep = random_model(covariance), np.array([40.0, 0.0, 0.0], np.float32)
+    model = structs.replace(model, weights=structs.replace(model.weights, readout=steep))
+    adapter = Adapter(model, device)
+    said = adapt_all(adapter, [random_stream(400, users=5)])
+    assert not np.any(said.flags & Flag.NAN_UNDONE)
+    rows, width = numbers(adapter.users)["P"], model.spec.dimension + 1
+    assert (rows[:, np.cumsum(np.arange(1, width + 1)) - 1 if covariance == "full" else slice(None)] > 0).all()
+    items = numbers(adapter.items)
+    assert (items["c_var"] > 0).all()
+    assert (items["c_info"] >= 0).all()
 
 
 @every_rule

@@ -129,12 +129,16 @@ class Reference:
             return score, frozen, score, math.sqrt(v + v_item), user.count, int(flags)
 
         r = v + noise * float(theta["level_noise"][level])
-        e, total = theta["level_scores"][level] - z, r + v_item
+        (alpha, kappa, _), share = theta["readout"], theta["outcome_weight"][0]
+        p, slope = self.p(z, v + v_item), alpha / math.sqrt(1 + kappa * (v + v_item))
+        u = (1 - share) * (theta["level_scores"][level] - z) / (r + v_item) + share * slope * missed_by
+        h = (1 - share) / (r + v_item) + share * slope**2 * p * (1 - p)
+        e, r = u / h, 1 / h - v_item
         item.settle(window)
         item.pending.append((np.append(w[:size], 1.0), e, r))
-        user.d = gamma * user.d + P @ x * e / total
+        user.d = gamma * user.d + P @ x * u
         user.f = user.f + self.implicit(item_id)
-        user.P = P - np.outer(P @ x, P @ x) / total
+        user.P = P - np.outer(P @ x, P @ x) * h
         if self.spec.covariance == "diagonal":
             user.P = np.diag(np.diag(user.P))
         user.count += 1

@@ -41,7 +41,17 @@ def test_a_challenger_follows_its_champion_and_learns_what_is_new(rule: str, tmp
     challenger = read(folder)
     check_successor(champion, challenger)
     old, new = champion.weights, challenger.weights
-    for name in ("prior_variance", "level_scores", "noise", "leak", "readout", "item_variance"):
+    kept = (
+        "prior_variance",
+        "level_scores",
+        "noise",
+        "level_noise",
+        "leak",
+        "readout",
+        "item_variance",
+        "outcome_weight",
+    )
+    for name in kept:
         assert np.array_equal(getattr(old, name), getattr(new, name)), name
     assert set(old.item_hash.tolist()) | set(item_hashes(list(NEW)).tolist()) == set(new.item_hash.tolist())
     at = np.searchsorted(new.item_hash, item_hashes(list(NEW)))

@@ -19,7 +19,7 @@ from stream_adapt.meta import objective, readout, sequences, trainer
 from stream_adapt.meta.objective.prequential import predict
 from stream_adapt.meta.pace import Pace, Watch, held_out
 from stream_adapt.meta.trainer import Trained, TrainSettings, pretrain
-from stream_adapt.models import LearnerSpec, Manifest, Model, SlowWeights, read_model, write_model
+from stream_adapt.models import LearnerSpec, Manifest, Model, RuleName, SlowWeights, read_model, write_model
 from stream_adapt.record import Batch, ItemId, UserEvent, UserId
 
 STARS = Feedback(("1", "2", "3", "4", "5"), "4", LabelCuts((1.0, 5.0), (2.0, 3.0, 4.0, 5.0)))
@@ -223,6 +223,20 @@ def test_positive_numbers_are_positive(trained: Trained) -> None:
     for name in ("prior_variance", "noise", "leak", "item_variance"):
         assert (getattr(trained.weights, name) > 0).all(), name
     assert (trained.weights.readout[:2] > 0).all()
+
+
+@pytest.mark.parametrize(("rule", "expected"), [("kalman", 0.125), ("gradient", 0.0)])
+def test_the_kalman_rule_is_given_the_share_that_outcomes_have(rule: RuleName, expected: float) -> None:
+    """Where nothing was set aside it has none: the rest of θ was not fitted to it."""
+    spec = msgspec.structs.replace(SPEC, rule=rule)
+    for share, found in ((0.2, expected), (0.0, 0.0)):
+        settings = msgspec.structs.replace(QUICK, outcome_weight=0.125, epochs=1, validation_share=share)
+        assert [found] == pretrain(tastes(200), spec, settings, device="cpu").weights.outcome_weight.tolist()
+
+
+def test_a_small_log_sets_more_aside() -> None:
+    assert (0.3, 0.1) == tuple(trainer.set_aside(TrainSettings(), n) for n in (100_000, 100_001))
+    assert 0.25 == trainer.set_aside(msgspec.structs.replace(QUICK, validation_share=0.25), 10)
 
 
 def unfolded(parameters: trainer.Parameters, log: sequences.Log, columns: sequences.Columns) -> tuple[Any, Any]:

@@ -53,19 +53,28 @@ def test_a_manifest_keeps_where_a_version_came_from_and_what_was_decided(tmp_pat
     assert ["manifest.json", "model.safetensors"] == sorted(p.name for p in folder.iterdir())
 
 
-def test_noise_by_level_is_said_in_the_manifest_and_left_out_where_levels_share_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("name", "nothing", "wrongs"),
+    [
+        ("level_noise", [1.0] * 5, {"above 0": [1, 1, 0, 1, 1], "shape": [1, 1, 1, 1]}),
+        ("outcome_weight", [0.0], {"from 0 to 1": [1.5], "shape": [0.1, 0.2]}),
+    ],
+)
+def test_what_earlier_releases_know_not_is_said_in_the_manifest_and_left_out_where_there_is_none(
+    name: str, nothing: list[float], wrongs: dict[str, list[float]], tmp_path: Path
+) -> None:
     """Releases that know of none read what has none, and refuse what has: their manifests know no such field."""
     model = random_model()
-    same = msgspec.structs.replace(model.weights, level_noise=np.zeros(0, np.float32))
-    for weights, differs in ((model.weights, True), (same, False)):
+    none = msgspec.structs.replace(model.weights, **{name: np.zeros(0, np.float32)})
+    for weights, there in ((model.weights, True), (none, False)):
         folder = write_model(tmp_path, weights, model.spec, model.manifest.fitted)
-        assert differs == json.loads((folder / "manifest.json").read_text()).get("level_noise", False)
-        assert differs == ("level_noise" in load_file(folder / "model.safetensors"))
-        np.testing.assert_array_equal(weights.level_noise, read_model(folder).weights.level_noise)
-    assert list(same.level_noise) == [1.0] * 5
-    for wrong, why in (([1, 1, 0, 1, 1], "above 0"), ([1, 1, 1, 1], "shape")):
-        weights = msgspec.structs.replace(same, level_noise=np.array(wrong, np.float32))
-        with pytest.raises(ModelError, match=f"level_noise.*{why}"):
+        assert there == json.loads((folder / "manifest.json").read_text()).get(name, False)
+        assert there == (name in load_file(folder / "model.safetensors"))
+        np.testing.assert_array_equal(getattr(weights, name), getattr(read_model(folder).weights, name))
+    assert nothing == getattr(none, name).tolist()
+    for why, wrong in wrongs.items():
+        weights = msgspec.structs.replace(none, **{name: np.array(wrong, np.float32)})
+        with pytest.raises(ModelError, match=f"{name}.*{why}"):
             write_model(tmp_path, weights, model.spec, model.manifest.fitted)
 
 

@@ -49,6 +49,7 @@ class Theta(NamedTuple):
     item_variance: Tensor  # [2] V₀ of c and of each coordinate of δ
     level_scores: Tensor  # [L] s
     level_noise: Tensor  # [L] factors on σ²
+    outcome_weight: Tensor  # [1] λ
     prior_variance: Tensor  # [D+1] diagonal of P₀
     item_vector: Tensor  # [I+1, D+1] of I known items, and a last row of zeros for all others
     item_events: Tensor  # [I+1]
@@ -61,7 +62,7 @@ class Theta(NamedTuple):
 
     @classmethod
     def of(cls, weights: SlowWeights, device: torch.device | str = "cpu", target: int = 0) -> Theta:
-        """θ of a loaded model, and the target's level, which only a calibrator asks for.
+        """θ of a loaded model, and the target's level.
 
         Raises:
             ConfigError: torch cannot use the device.

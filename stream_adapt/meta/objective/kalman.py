@@ -142,7 +142,7 @@ class Kalman:
     ) -> None:
         """θ's numbers: P₀ `[D+1]`, σ² scalar, a and b `[2]`, α, κ, β `[3]`, s `[L]`."""
         self.prior_variance, self.noise, self.leak, self.readout = prior_variance, noise, leak, readout
-        nothing = prior_variance.new_zeros(0)
+        nothing, none = prior_variance.new_zeros(0), prior_variance.new_zeros(1, dtype=torch.float64)
         self._theta = Theta(
             bias=nothing,
             noise=noise.double(),
@@ -151,6 +151,7 @@ class Kalman:
             item_variance=nothing,
             level_scores=level_scores.double(),
             level_noise=torch.ones_like(level_scores, dtype=torch.float64),
+            outcome_weight=none,
             prior_variance=prior_variance.double(),
             item_vector=nothing,
             item_events=nothing,
@@ -158,7 +159,7 @@ class Kalman:
             implicit_item=nothing,
             calibrator=nothing,
             item_mean=nothing,
-            target=nothing,
+            target=none,
             implicit_map=prior_variance.new_zeros(0, len(prior_variance), dtype=torch.float64),
         )
 

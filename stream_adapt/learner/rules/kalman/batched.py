@@ -32,6 +32,7 @@ from stream_adapt.learner.rules.batching import (
     screened,
 )
 from stream_adapt.learner.rules.events import LEARN_ALL, Screen
+from stream_adapt.learner.rules.kalman.step import LEAST_NOISE
 
 
 class Users(NamedTuple):
@@ -103,16 +104,16 @@ def read(theta: Theta, users: Users, seen: Seen, screen: Screen = LEARN_ALL) -> 
 
 
 def write(theta: Theta, users: Users, seen: Seen, reading: Reading, screen: Screen = LEARN_ALL) -> Written:
-    """Learns from m events: e = s − z, T = v + σ²_ℓ + v_item, d += P x̃ e/T, P −= P x̃ x̃ᵀP/T.
+    """Learns from m events: d += P x̃ u, P −= h P x̃ x̃ᵀP.
 
     A row stays as it was, without the leak, if its event carries no level or a flag that bars it, or if the update is
     not finite.
     """
     level = seen.level.clamp(min=0)  # [m]
-    e, r = theta.level_scores[level] - reading.z, reading.v + theta.noise * theta.level_noise[level]  # [m], [m]
-    total = (r + reading.v_item)[:, None]  # [m, 1]
-    d = reading.d + reading.g * e[:, None] / total  # [m, D+1]
-    P = reading.P - _outer(reading.g, reading.P.shape[1]) / total  # [m, K]  # noqa: N806
+    u, h = _weighed(theta, level, reading.z, reading.v + reading.v_item)  # [m], [m]
+    r, e = 1.0 / h - reading.v_item, u / h  # [m], [m]
+    d = reading.d + reading.g * u[:, None]  # [m, D+1]
+    P = reading.P - _outer(reading.g, reading.P.shape[1]) * h[:, None]  # [m, K]  # noqa: N806
     teaches = (seen.level >= 0) & (reading.flags & screen.barred == 0)  # [m]
     taught = teaches & fits(d) & fits(P) & item_fits(reading.w, e, r)  # [m]
     z = reading.z + ((d - reading.d) * seen.x).sum(1)  # [m]
@@ -125,6 +126,16 @@ def write(theta: Theta, users: Users, seen: Seen, reading: Reading, screen: Scre
         z=torch.where(taught, z, reading.z),
         v=torch.where(taught, v, reading.v),
     )
+
+
+def _weighed(theta: Theta, level: Tensor, z: Tensor, variance: Tensor) -> tuple[Tensor, Tensor]:
+    """u and h `[m]` of events whose logit z has a variance, both `[m]`."""
+    share, noise = theta.outcome_weight, theta.noise * theta.level_noise[level]  # [1], [m]
+    p, slope = read_out(theta, z, variance), theta.readout[0] * torch.rsqrt(1.0 + theta.readout[1] * variance)
+    precision = (1.0 - share) / (variance + noise)  # [m]
+    u = precision * (theta.level_scores[level] - z) + share * slope * ((level >= theta.target).double() - p)  # [m]
+    h = precision + share * slope * slope * p * (1.0 - p)  # [m]
+    return u, torch.minimum(h, 1.0 / (variance + LEAST_NOISE * noise))
 
 
 def frozen(theta: Theta, x: Tensor, c: Tensor, w0: Tensor, known: Tensor) -> Tensor:

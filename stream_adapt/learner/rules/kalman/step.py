@@ -10,12 +10,15 @@ With x̃ = [x + δ ; 1], w = w₀ + d, and P kept as its diagonal or its packed 
     leak      γ = exp(−(a + b·log(1 + Δt/1 h)))    d ← γ d      P ← γ²P + (1 − γ²)P₀
     read      z = b + c + ⟨w, x̃⟩     v = x̃ᵀP x̃     v_item = V_c + Σⱼ wⱼ² V_δⱼ
     score     p = σ(α z / √(1 + κ(v + v_item)) + β)
-    learn     e = s − z     T = v + σ²_ℓ + v_item     d += P x̃ e/T     P −= P x̃ x̃ᵀP/T
-    item      R = v + σ²_ℓ    Σ 1/R, Σ e/R (bias)    Σ w²/R, Σ w e/R (offset), applied in a later window
+    weigh     e = s − z     T = v + σ²_ℓ + v_item     α' = α/√(1 + κ(v + v_item))     y: whether the target is reached
+              u = (1 − λ) e/T + λ α'(y − p)     h = (1 − λ)/T + λ α'² p(1 − p)
+    learn     d += P x̃ u     P −= h P x̃ x̃ᵀP
+    item      R = 1/h − v_item    E = u/h    Σ 1/R, Σ E/R (bias)    Σ w²/R, Σ w E/R (offset), applied in a later window
 
 Sources: Kalman 1960; the prior is meta-learned as in Harrison et al. 2018 (ALPaCA, arXiv 1807.08912); the leak is an
 Ornstein–Uhlenbeck process sampled at the events; the readout is MacKay's 1992 approximation of a logistic-normal
-integral with learned constants.
+integral with learned constants. With λ > 0 an event is learned as two that count 1 − λ and λ: as an observation of its
+level's score, and as the outcome that p predicted, by the slope and the curvature of log p.
 """
 
 from __future__ import annotations
@@ -58,6 +61,9 @@ from stream_adapt.learner.rules.compiled import (
 from stream_adapt.learner.rules.events import Array, Events, Scores
 from stream_adapt.models import Model
 
+#: What an event tells is held below that of an observation with so much of σ²_ℓ: P stays positive where κ is small.
+LEAST_NOISE = 0.25
+
 
 def theta_of(model: Model) -> Theta:
     """θ of a loaded model as the compiled code reads it."""
@@ -70,6 +76,8 @@ def theta_of(model: Model) -> Theta:
     numbers["bias_variance"], numbers["offset_variance"] = weights.item_variance
     numbers["prior_variance"], numbers["level_scores"] = weights.prior_variance, weights.level_scores
     numbers["level_noise"] = np.multiply(weights.noise, weights.level_noise, dtype=np.float64)
+    numbers["outcome_weight"] = weights.outcome_weight
+    numbers["reached"] = np.arange(len(weights.level_scores)) >= model.spec.feedback.target_level
     numbers["implicit_map"] = weights.implicit_map.ravel()
     for name, value in calibrator_numbers(model).items():
         numbers[name] = value
@@ -94,11 +102,12 @@ def adapt(theta: Theta, users: Array, items: Array, events: Events, out: Scores)
 def _numbers_type(width: int, levels: int, hidden: int, terms: int) -> np.dtype[Any]:
     """θ's numbers.
 
-    b, σ², leak, readout, an item's first variances, P₀ `[D+1]`, Bᵀ `[H·(D+1)]`, s and σ²_ℓ `[L]`, a `[K]`.
+    b, σ², leak, readout, an item's first variances, λ, P₀ `[D+1]`, Bᵀ `[H·(D+1)]`, s, σ²_ℓ and y `[L]`, a `[K]`.
     """
-    single = ("bias", "noise", "leak_a", "leak_b", "alpha", "kappa", "beta", "bias_variance", "offset_variance")
+    single = ["bias", "noise", "leak_a", "leak_b", "alpha", "kappa", "beta"]
+    single += ["bias_variance", "offset_variance", "outcome_weight"]
     arrays = [("prior_variance", "<f8", (width,)), ("implicit_map", "<f8", (hidden * width,))]
-    arrays += [("level_scores", "<f8", (levels,)), ("level_noise", "<f8", (levels,))]
+    arrays += [(name, "<f8", (levels,)) for name in ("level_scores", "level_noise", "reached")]
     return np.dtype([*calibrator_fields(terms), *((name, "<f8") for name in single), *arrays])
 
 
@@ -152,10 +161,11 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
     if event.level < 0:
         event.flags |= SCORE_ONLY
     elif event.flags & event.barred == 0:
-        e, r = theta.level_scores[event.level] - z, v + theta.level_noise[event.level]
-        v_new, fits = _learn_user(e, r + v_item, v, s)
+        u, h = _weighed(theta, event.level, z, v + v_item)
+        r, e = 1.0 / h - v_item, u / h
+        v_new, fits = _learn_user(u, h, v, s)
         if fits and item_fits(r, e, s):
-            event.updated = calibrated(theta, z + v * e / (r + v_item), v_new + v_item, added)
+            event.updated = calibrated(theta, z + v * u, v_new + v_item, added)
             take_note(theta, user, event, z, v + v_item)
             _write_user(user, event, item.hash, z, s)
             write_item(item, event.window, 1.0 / r, e / r, s)
@@ -229,28 +239,38 @@ def _frozen(theta, item_events, c, s):  # type: ignore[no-untyped-def]  # pragma
 
 
 @inlined
-def _learn_user(e, total, v, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """d += g e/T, P −= g gᵀ/T in the work space; returns the new x̃ᵀP x̃ and whether a row can hold them."""
+def _weighed(theta, level, z, variance):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """u and h: how far an event of a level moves its logit for each unit of variance, and what it tells."""
+    share, noise = theta.outcome_weight, theta.level_noise[level]
+    p, slope = read_out(theta, z, variance), theta.alpha / math.sqrt(1.0 + theta.kappa * variance)
+    precision = (1.0 - share) / (variance + noise)
+    u = precision * (theta.level_scores[level] - z) + share * slope * (theta.reached[level] - p)
+    h = precision + share * slope * slope * p * (1.0 - p)
+    return u, min(h, 1.0 / (variance + LEAST_NOISE * noise))
+
+
+@inlined
+def _learn_user(u, h, v, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """d += u g, P −= h g gᵀ in the work space; returns the new x̃ᵀP x̃ and whether a row can hold them."""
     d, g, x, P, square = s.d, s.g, s.x, s.P, s.square  # noqa: N806
-    width = s.size + 1
-    gain, shrink, unfit = e / total, 1.0 / total, 0
+    width, unfit = s.size + 1, 0
     for j in range(width):
-        d[j] += gain * g[j]
+        d[j] += u * g[j]
         unfit += not abs(d[j]) < LARGEST  # NaN compares false
     if P.shape[0] == d.shape[0]:
         for j in range(width):
-            P[j] -= shrink * g[j] * g[j]
+            P[j] -= h * g[j] * g[j]
             square[j] = x[j] * x[j]
             unfit += not abs(P[j]) < LARGEST
         left = dot(P, square, width)
     else:
         for j in range(width):
             start = j * (j + 1) // 2
-            scaled = shrink * g[j]
+            scaled = h * g[j]
             for k in range(j + 1):
                 P[start + k] -= scaled * g[k]
                 unfit += not abs(P[start + k]) < LARGEST
-        left = v * (1.0 - shrink * v)  # of the diagonal this is not true
+        left = v * (1.0 - h * v)  # of the diagonal this is not true
     return max(left, 0.0), unfit == 0
 
 
