@@ -538,10 +538,10 @@ def fits(rows: Tensor) -> Tensor:
     return (rows.abs() < LARGEST).all(1)
 
 
-def item_fits(w: Tensor, e: Tensor, r: Tensor) -> Tensor:
-    """`[m]`: whether the pending sums can hold 1/R, e/R, w²/R and w e/R."""
+def item_fits(w: Tensor, q: Tensor, a: Tensor) -> Tensor:
+    """`[m]`: whether the pending sums can hold q = 1/R, a = e/R, w² q and w a."""
     reach = w.abs().amax(1).clamp(min=1.0)  # [m]
-    return (e.abs() < LARGEST) & (reach * torch.maximum(reach, e.abs()) / r < LARGEST)
+    return (a.abs() < LARGEST) & (reach * torch.maximum(reach * q, a.abs()) < LARGEST)
 
 
 def item_variances(theta: Theta, known: Tensor) -> tuple[Tensor, Tensor]:

@@ -81,6 +81,22 @@ def _calibrated(theta, z, variance, added):  # type: ignore[no-untyped-def]
     return linear if _calibrates(theta) else plain
 
 
+def uncalibrated(theta: Any, score: Any, z: Any, variance: Any) -> Any:
+    """`read_out`, which is the score already where there is no calibrator."""
+    raise NotImplementedError  # compiled code alone: `_uncalibrated`
+
+
+@overload(uncalibrated, jit_options={"error_model": "numpy"})
+def _uncalibrated(theta, score, z, variance):  # type: ignore[no-untyped-def]
+    def same(theta, score, z, variance):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+        return score
+
+    def anew(theta, score, z, variance):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+        return read_out(theta, z, variance)
+
+    return anew if _calibrates(theta) else same
+
+
 def take_note(theta: Any, user: Any, event: Any, z: Any, variance: Any) -> Any:
     """Adds to a learned row what a calibrator will ask of it."""
     raise NotImplementedError  # compiled code alone: `_take_note`

@@ -258,13 +258,13 @@ def read_item(item, window, s):  # type: ignore[no-untyped-def]  # pragma: no co
 
 
 @inlined
-def item_fits(r, e, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """Whether the pending sums can hold 1/R, e/R, w²/R and w e/R."""
+def item_fits(q, a, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Whether the pending sums can hold q = 1/R, a = e/R, w² q and w a."""
     w, unfit = s.w, 0
-    most = min(math.sqrt(LARGEST * r), LARGEST * r / max(abs(e), 1.0))
+    most = min(math.sqrt(LARGEST / q), LARGEST / max(abs(a), q))
     for j in range(s.size + 1):
         unfit += not abs(w[j]) < most  # NaN compares false
-    return unfit == 0 and abs(e) < LARGEST and most > 1.0
+    return unfit == 0 and abs(a) < LARGEST and most > 1.0
 
 
 @inlined

@@ -107,7 +107,7 @@ def write(
     e, h = torch.sigmoid(theta.level_scores[seen.level.clamp(min=0)]) - q, q * (1.0 - q)  # [m], [m]
     d = stepped(reading.d, seen.x, e, h, theta.prior_variance, normalized=normalized)  # [m, D+1]
     teaches = (seen.level >= 0) & (reading.flags & screen.barred == 0)  # [m]
-    taught = teaches & fits(d) & item_fits(reading.w, e, torch.ones_like(e))  # [m]
+    taught = teaches & fits(d) & item_fits(reading.w, torch.ones_like(e), e)  # [m]
     z = reading.z + ((d - reading.d) * seen.x).sum(1)  # [m]
     return Written(
         users=remember(users, seen, reading.z, taught)._replace(d=chosen(taught, d, users.d)),

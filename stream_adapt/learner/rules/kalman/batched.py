@@ -111,18 +111,19 @@ def write(theta: Theta, users: Users, seen: Seen, reading: Reading, screen: Scre
     """
     level = seen.level.clamp(min=0)  # [m]
     u, h = _weighed(theta, level, reading.z, reading.v + reading.v_item)  # [m], [m]
-    r, e = 1.0 / h - reading.v_item, u / h  # [m], [m]
+    rest = 1.0 - h * reading.v_item  # [m]
+    q, a = h / rest, u / rest  # [m], [m]
     d = reading.d + reading.g * u[:, None]  # [m, D+1]
     P = reading.P - _outer(reading.g, reading.P.shape[1]) * h[:, None]  # [m, K]  # noqa: N806
     teaches = (seen.level >= 0) & (reading.flags & screen.barred == 0)  # [m]
-    taught = teaches & fits(d) & fits(P) & item_fits(reading.w, e, r)  # [m]
+    taught = teaches & fits(d) & fits(P) & item_fits(reading.w, q, a)  # [m]
     z = reading.z + ((d - reading.d) * seen.x).sum(1)  # [m]
     v = (_times(P, seen.x) * seen.x).sum(1).clamp(min=0.0)  # [m]
     return Written(
         users=remember(users, seen, reading.z, taught)._replace(
             d=chosen(taught, d, users.d), P=chosen(taught, P, users.P)
         ),
-        lesson=Lesson(taught, reading.w, 1.0 / r, e / r),
+        lesson=Lesson(taught, reading.w, q, a),
         z=torch.where(taught, z, reading.z),
         v=torch.where(taught, v, reading.v),
     )

@@ -13,7 +13,8 @@ With x̃ = [x + δ ; 1], w = w₀ + d, and P kept as its diagonal or its packed 
     weigh     e = s − z     T = v + σ²_ℓ + v_item     α' = α/√(1 + κ(v + v_item))     y: whether the target is reached
               u = (1 − λ) e/T + λ α'(y − p)     h = (1 − λ)/T + λ α'² p(1 − p)
     learn     d += P x̃ u     P −= h P x̃ x̃ᵀP
-    item      R = 1/h − v_item    E = u/h    Σ 1/R, Σ E/R (bias)    Σ w²/R, Σ w E/R (offset), applied in a later window
+    item      q = h/(1 − h v_item)    a = u/(1 − h v_item)    Σ q, Σ a (bias)    Σ w² q, Σ w a (offset), applied in a
+              later window
 
 Sources: Kalman 1960; the prior is meta-learned as in Harrison et al. 2018 (ALPaCA, arXiv 1807.08912); the leak is an
 Ornstein–Uhlenbeck process sampled at the events; the readout is MacKay's 1992 approximation of a logistic-normal
@@ -36,6 +37,7 @@ from stream_adapt.learner.rules.calibrator import (
     calibrator_fields,
     calibrator_numbers,
     take_note,
+    uncalibrated,
 )
 from stream_adapt.learner.rules.compiled import (
     LARGEST,
@@ -161,14 +163,16 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
     if event.level < 0:
         event.flags |= SCORE_ONLY
     elif event.flags & event.barred == 0:
-        u, h = _weighed(theta, event.level, z, v + v_item)
-        r, e = 1.0 / h - v_item, u / h
+        p = uncalibrated(theta, event.score, z, v + v_item)
+        u, h = _weighed(theta, event.level, z, v + v_item, p)
+        rest = 1.0 / (1.0 - h * v_item)
+        q, a = h * rest, u * rest
         v_new, fits = _learn_user(u, h, v, s)
-        if fits and item_fits(r, e, s):
+        if fits and item_fits(q, a, s):
             event.updated = calibrated(theta, z + v * u, v_new + v_item, added)
             take_note(theta, user, event, z, v + v_item)
             _write_user(user, event, item.hash, z, s)
-            write_item(item, event.window, 1.0 / r, e / r, s)
+            write_item(item, event.window, q, a, s)
         else:
             event.flags |= NAN_UNDONE
     event.adaptations = user.count
@@ -239,14 +243,15 @@ def _frozen(theta, item_events, c, s):  # type: ignore[no-untyped-def]  # pragma
 
 
 @inlined
-def _weighed(theta, level, z, variance):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+def _weighed(theta, level, z, variance, p):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """u and h: how far an event of a level moves its logit for each unit of variance, and what it tells."""
     share, noise = theta.outcome_weight, theta.level_noise[level]
-    p, slope = read_out(theta, z, variance), theta.alpha / math.sqrt(1.0 + theta.kappa * variance)
+    slope = theta.alpha / math.sqrt(1.0 + theta.kappa * variance)
     precision = (1.0 - share) / (variance + noise)
     u = precision * (theta.level_scores[level] - z) + share * slope * (theta.reached[level] - p)
     h = precision + share * slope * slope * p * (1.0 - p)
-    return u, min(h, 1.0 / (variance + LEAST_NOISE * noise))
+    most = variance + LEAST_NOISE * noise
+    return u, h if h * most <= 1.0 else 1.0 / most
 
 
 @inlined
