@@ -49,13 +49,14 @@ def random_model(
     window: int = 16,
     implicit: int = 3,
     calibrator: Calibrator = "none",
+    feedback: Feedback = FEEDBACK,
 ) -> Model:
     """A model of D = `size` that knows the items i0 … i39."""
     rng = np.random.default_rng(seed)
     declared = FEATURES if features else {}
     spec = LearnerSpec(
         declared,
-        FEEDBACK,
+        feedback,
         rule,
         covariance=covariance,
         normalized=normalized,
@@ -89,10 +90,10 @@ def random_model(
         user_vector=normal(rows["user"], size + 1),
         prior_mean=normal(size + 1),
         prior_variance=rng.uniform(0.1, 0.6, size + 1).astype(np.float32),
-        level_scores=np.linspace(-2.5, 2.2, len(LEVELS)).astype(np.float32),
+        level_scores=np.linspace(-2.5, 2.2, len(feedback.levels)).astype(np.float32),
         bias=normal(1),
         noise=np.array([1.3], np.float32),
-        level_noise=np.array([1.5, 1.2, 0.7, 0.9, 1.1], np.float32),
+        level_noise=np.resize(np.array([1.5, 1.2, 0.7, 0.9, 1.1], np.float32), len(feedback.levels)),
         outcome_weight=np.array([0.25 if rule == "kalman" else 0.0], np.float32),
         leak=_leak(spec, rng),
         readout=np.array([1.1, 0.3, 0.2], np.float32),

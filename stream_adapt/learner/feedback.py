@@ -16,6 +16,9 @@ import numpy.typing as npt
 from stream_adapt.errors import ConfigError
 from stream_adapt.record import NO_LEVEL
 
+#: Levels are counted from 0 in 8 bits with a sign.
+MOST_LEVELS = 128
+
 
 class LabelCuts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How a numeric label becomes a level: `level = number of cuts <= label`.
@@ -28,7 +31,7 @@ class LabelCuts(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class Feedback(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """The ordered levels, what maps to them, and from which level on the target is 1."""
+    """The ordered levels, at most 128, what maps to them, and from which level on the target is 1."""
 
     levels: tuple[str, ...] = ("no", "yes")
     target: str = "yes"
@@ -43,6 +46,8 @@ class Feedback(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         problems = []
         if len(self.levels) < 2 or len(set(self.levels)) != len(self.levels):
             problems.append(f"levels={list(self.levels)} must be two or more different names, least first")
+        if len(self.levels) > MOST_LEVELS:
+            problems.append(f"{len(self.levels)} levels are more than {MOST_LEVELS}: cut the label less finely")
         if self.target not in self.levels[1:]:
             problems.append(f"target={self.target!r} must be one of {list(self.levels[1:])}")
         for event_type, level in self.event_types.items():

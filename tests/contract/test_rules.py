@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import get_args, get_type_hints
 
 import msgspec
@@ -24,6 +25,7 @@ from learner_streams import (
 )
 
 from stream_adapt.adapt import Adapter
+from stream_adapt.learner.feedback import MOST_LEVELS, Feedback, LabelCuts
 from stream_adapt.models import LearnerSpec, Model, RuleName, SlowWeights
 from stream_adapt.record import Adapted, Batch, Flag
 from stream_adapt.state.row import RowError
@@ -50,6 +52,31 @@ def test_an_event_is_scored_as_by_the_frozen_model_when_user_and_item_are_new(
     if not variant.endswith(CALIBRATED):  # frozen scores are the model's without adapting, and without calibrator
         np.testing.assert_allclose(said.frozen_score, said.score, rtol=0, atol=1e-7)
     assert np.any(said.updated_score != said.score)
+
+
+@both_devices
+def test_real_valued_labels_teach_as_finely_as_they_are_cut(rule: RuleName, variant: str, device: str) -> None:
+    """The same event of users who are new, with label upon label: the next score rises from each cut to the next."""
+    cuts = tuple(np.linspace(-1, 1, MOST_LEVELS + 1)[1:-1].tolist())
+    names = tuple(map(str, range(MOST_LEVELS)))
+    feedback = Feedback(names, names[MOST_LEVELS // 2], LabelCuts((-1.0, 1.0), cuts))
+    model = model_of(rule, variant, feedback=feedback)
+    alike = msgspec.structs.replace(model.weights, level_noise=np.ones(MOST_LEVELS, np.float32))
+    labels = np.random.default_rng(2).uniform(-1, 1, 300)
+    event, n = part(random_stream(1), [0]), len(labels)
+    events = replace(
+        part(event, [0] * n),
+        user_ids=[f"u{k}" for k in range(n)],  # type: ignore[arg-type]
+        levels=feedback.level_of(labels.tolist(), [""] * n),
+        offsets=np.arange(n) % 16,  # one window: the item stays as it is
+    )
+    said = Adapter(with_arrays(model, alike), device).adapt(events)
+    np.testing.assert_array_equal(said.score, said.score[0])
+    order = np.argsort(labels)
+    rises, same = np.diff(said.updated_score[order]), np.diff(events.levels[order]) == 0
+    assert len(np.unique(events.levels)) > 100
+    np.testing.assert_allclose(rises[same], 0, rtol=0, atol=1e-12)
+    assert np.all(rises[~same] > 1e-6)
 
 
 @both_devices

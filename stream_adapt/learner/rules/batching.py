@@ -61,8 +61,8 @@ class Theta(NamedTuple):
     target: Tensor  # [1] the target's level
 
     @classmethod
-    def of(cls, weights: SlowWeights, device: torch.device | str = "cpu", target: int = 0) -> Theta:
-        """θ of a loaded model, and the target's level.
+    def of(cls, weights: SlowWeights, device: torch.device | str, target: int) -> Theta:
+        """θ of a loaded model, and the level from which on an event counts as the target.
 
         Raises:
             ConfigError: torch cannot use the device.

@@ -142,7 +142,8 @@ class Kalman:
     ) -> None:
         """θ's numbers: P₀ `[D+1]`, σ² scalar, a and b `[2]`, α, κ, β `[3]`, s `[L]`."""
         self.prior_variance, self.noise, self.leak, self.readout = prior_variance, noise, leak, readout
-        nothing, none = prior_variance.new_zeros(0), prior_variance.new_zeros(1, dtype=torch.float64)
+        nothing = prior_variance.new_zeros(0)
+        scores_alone = prior_variance.new_zeros(1, dtype=torch.float64)  # λ = 0, by which no target level is read
         self._theta = Theta(
             bias=nothing,
             noise=noise.double(),
@@ -151,7 +152,7 @@ class Kalman:
             item_variance=nothing,
             level_scores=level_scores.double(),
             level_noise=torch.ones_like(level_scores, dtype=torch.float64),
-            outcome_weight=none,
+            outcome_weight=scores_alone,
             prior_variance=prior_variance.double(),
             item_vector=nothing,
             item_events=nothing,
@@ -159,7 +160,7 @@ class Kalman:
             implicit_item=nothing,
             calibrator=nothing,
             item_mean=nothing,
-            target=none,
+            target=torch.zeros_like(scores_alone),
             implicit_map=prior_variance.new_zeros(0, len(prior_variance), dtype=torch.float64),
         )
 
