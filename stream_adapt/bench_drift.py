@@ -22,11 +22,12 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Column, Table
 
-from stream_adapt.bench_recovery import SCENARIOS, RefreshFigures, RefreshRun, refresh_run, summed
+from stream_adapt.bench_recovery import SCENARIOS, RefreshFigures, RefreshRun, Scenario, refresh_run, summed
 from stream_adapt.bench_streams import Run, Streams, kept_in
 from stream_adapt.config import DriftSettings
 from stream_adapt.datasets.drifts import ABRUPT, HARMLESS, KINDS
 from stream_adapt.drift import DriftMonitor
+from stream_adapt.errors import ConfigError
 from stream_adapt.learning import Summary
 
 
@@ -39,6 +40,7 @@ class DriftBench:
     detectors: str = ""  # names with commas between them; "": as the settings say
     folder: Path | None = None  # for models
     recovery: bool = True  # whether refreshes are simulated, too
+    scenarios: str = ""  # of them, names with commas between them; "": all
     rate: float = 100.0  # events/s, by which it is known how many pass while a challenger is trained
 
 
@@ -91,6 +93,7 @@ def run_drift(options: DriftBench, console: Console, settings: DriftSettings | N
         ConfigError, DataError: an option is wrong, or a data set cannot be had.
     """
     settings = settings or DriftSettings()
+    _scenarios(options)
     names = [name for name in options.detectors.split(",") if name] or [settings.detector]
     candidates = [_with_detector(settings, name) for name in names]
     for candidate in candidates:
@@ -106,13 +109,12 @@ def _with_refresh(result: DriftFigures, options: DriftBench, settings: DriftSett
     """The figures, and what refreshes are worth at alarms of the first detector."""
     runs = list(refreshed(options, settings, console))
     found = summed(runs, options.rate)
-    cases = {
-        name: msgspec.structs.replace(
-            case, recovery_ratio=of.recovery_ratio, auc_gain_last_quarter=of.auc_gain_last_quarter
+    cases = dict(result.cases)
+    for name in cases.keys() & found.cases.keys():
+        of = found.cases[name]
+        cases[name] = msgspec.structs.replace(
+            cases[name], recovery_ratio=of.recovery_ratio, auc_gain_last_quarter=of.auc_gain_last_quarter
         )
-        for name, case in result.cases.items()
-        for of in [found.cases[name]]
-    }
     return msgspec.structs.replace(
         result,
         cases=cases,
@@ -142,13 +144,14 @@ def show(result: DriftFigures, console: Console) -> None:
 
 
 def _show_refresh(result: RefreshFigures, console: Console) -> None:
-    columns = ("recovery ratio", "healed alone", "AUC, last quarter", "AUC, all", "promotions", "training s")
+    columns = ["recovery ratio", "as pretrained", "healed alone", "AUC, last quarter", "AUC, all", "promotions"]
+    columns += ["training s"]
     table = Table(Column("with refreshes", no_wrap=True), *(Column(name, justify="right") for name in columns))
     for name, case in result.cases.items():
-        bound = "≤ " if any(case.recovery_ratio_is_bound) and case.recovery_ratio is not None else ""
         table.add_row(
             name,
-            bound + _told_number(case.recovery_ratio),
+            _told_ratios(case.recovery_ratios, case.recovery_ratio_is_bound),
+            _told_ratios(case.as_pretrained_ratios, case.as_pretrained_ratio_is_bound),
             f"{case.healed_alone} of {case.runs}",
             f"{case.auc_gain_last_quarter:+.4f}",
             f"{case.auc_gain:+.4f}",
@@ -160,6 +163,12 @@ def _show_refresh(result: RefreshFigures, console: Console) -> None:
         f"planted challengers refused: {result.bad_challengers_refused} of {result.bad_challengers}; put into service "
         f"by hand and taken back: {result.bad_rolled_back} of {result.bad_by_hand}; {result.rate:g} events/s"
     )
+
+
+def _told_ratios(ratios: Sequence[float | None], bounds: Sequence[bool]) -> str:
+    """The median of those that there are."""
+    known = [ratio for ratio in ratios if ratio is not None]
+    return ("≤ " if known and any(bounds) else "") + _told_number(statistics.median(known) if known else None)
 
 
 #: Columns of the table, and the fields behind them.
@@ -192,12 +201,20 @@ def told(options: DriftBench, console: Console) -> Iterator[Run]:
 def refreshed(options: DriftBench, settings: DriftSettings, console: Console) -> Iterator[RefreshRun]:
     """Every stream with and without refreshes."""
     with _progress(console) as bar:
-        for scenario in SCENARIOS:
+        for scenario in _scenarios(options):
             for name in options.sets.split(","):
                 task = bar.add_task(f"{name}, {scenario}", total=options.seeds)
                 for seed in range(options.seeds):
                     yield refresh_run(Streams(name, seed, kept_in(options.folder)), scenario, settings, options.rate)
                     bar.advance(task)
+
+
+def _scenarios(options: DriftBench) -> tuple[Scenario, ...]:
+    wanted = [name for name in options.scenarios.split(",") if name]
+    for name in wanted:
+        if name not in SCENARIOS:
+            raise ConfigError(f"scenarios: {name!r} is none of {', '.join(SCENARIOS)}")
+    return tuple(name for name in SCENARIOS if not wanted or name in wanted)
 
 
 def judge(settings: DriftSettings, runs: Sequence[Run]) -> DetectorFigures:

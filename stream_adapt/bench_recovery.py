@@ -21,6 +21,7 @@ import statistics
 import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Literal
 
@@ -34,7 +35,7 @@ from stream_adapt.bench_world import World
 from stream_adapt.config import Config, DriftSettings
 from stream_adapt.datasets.drifts import HARMLESS, KINDS, DriftKind
 from stream_adapt.evaluate.metrics import CLIP, auc
-from stream_adapt.models import Model, Registry
+from stream_adapt.models import Model, Registry, read_model
 from stream_adapt.record import Adapted
 from stream_adapt.refresh.record import Request
 from stream_adapt.refresh.states import RESTING
@@ -61,8 +62,10 @@ _PARTS = 5
 _BY_HAND = 0.85
 #: `gradual` is complete after so many events.
 _GRADUAL = 20_000
+#: What does not come back by itself, or need not.
+_LASTING: tuple[Scenario, ...] = tuple(kind for kind in KINDS if kind not in ("recurring", *HARMLESS))
 #: Raised by one when what is measured changes: what was kept does not count then.
-_FORMAT = 1
+_FORMAT = 2
 
 
 class RefreshRun(msgspec.Struct, frozen=True, kw_only=True):
@@ -80,6 +83,9 @@ class RefreshRun(msgspec.Struct, frozen=True, kw_only=True):
     recovered: int | None = None  # events until log-loss was back; None: it never was
     recovered_without: int | None = None
     same_level: int | None = None  # events until log-loss was where it ended without refresh
+    level_new_world: float | None = None  # log-loss of a model that was pretrained on the new world
+    as_pretrained: int | None = None  # events until log-loss was that, or what it was before, if that is higher
+    as_pretrained_without: int | None = None
     left: int = 0  # events after the drift
     alarms: list[int] = []
     promotions: list[int] = []
@@ -100,6 +106,8 @@ class RefreshCase(msgspec.Struct):
     recovery_ratio: float | None  # median
     recovery_ratios: list[float | None]  # by seed; None: log-loss never was back
     recovery_ratio_is_bound: list[bool]  # by seed: without refresh it never was, so the true ratio is smaller
+    as_pretrained_ratios: list[float | None]  # the same of log-loss as of a model pretrained on the new world
+    as_pretrained_ratio_is_bound: list[bool]
     same_level_ratios: list[float | None]  # events until log-loss is where it ends without refresh ÷ events there were
     auc_gain_last_quarter: float
     auc_gains_last_quarter: list[float]
@@ -182,13 +190,20 @@ def recovery_ratio(run: RefreshRun) -> tuple[float | None, bool]:
 
     Where log-loss never comes back without refresh, the events that there were take their place.
     """
-    if run.recovered is None:
-        return None, False
-    return run.recovered / (run.recovered_without or run.left), run.recovered_without is None
+    return _ratio(run, run.recovered, run.recovered_without)
+
+
+def as_pretrained_ratio(run: RefreshRun) -> tuple[float | None, bool]:
+    """The same of the events until log-loss is that of a model which was pretrained on the new world."""
+    return _ratio(run, run.as_pretrained, run.as_pretrained_without)
+
+
+def _ratio(run: RefreshRun, events: int | None, without: int | None) -> tuple[float | None, bool]:
+    return (None, False) if events is None else (events / (without or run.left), without is None)
 
 
 def _case(runs: list[RefreshRun]) -> RefreshCase:
-    ratios = [recovery_ratio(run) for run in runs]
+    ratios, as_pretrained = ([of(run) for run in runs] for of in (recovery_ratio, as_pretrained_ratio))
     known = [ratio for ratio, _ in ratios if ratio is not None]
     gains, quarters = [run.auc - run.auc_without for run in runs], list(map(_last_quarter_gain, runs))
     seconds = [one for run in runs for one in run.training_s]
@@ -197,6 +212,8 @@ def _case(runs: list[RefreshRun]) -> RefreshCase:
         recovery_ratio=statistics.median(known) if known else None,
         recovery_ratios=[ratio for ratio, _ in ratios],
         recovery_ratio_is_bound=[bound for _, bound in ratios],
+        as_pretrained_ratios=[ratio for ratio, _ in as_pretrained],
+        as_pretrained_ratio_is_bound=[bound for _, bound in as_pretrained],
         same_level_ratios=[run.same_level / run.left if run.same_level else None for run in runs],
         auc_gain_last_quarter=statistics.fmean(quarters),
         auc_gains_last_quarter=quarters,
@@ -254,6 +271,22 @@ def _measured(streams: Streams, scenario: Scenario, drift: DriftSettings, rate: 
     member = Member(streams.model)
     alone = course if scenario == "planted" else _course(stream, streams.model, lambda one: member.take(one)[0])
     return _told(streams, scenario, course, alone, within)
+
+
+def new_world_level(streams: Streams, kind: DriftKind) -> float:
+    """What could be reached: the first half of what comes after the drift pretrains and warms up, the other judges."""
+    events = list(islice(streams.events(kind), _complete(streams, kind), None))
+    half = len(events) // 2
+    with tempfile.TemporaryDirectory(prefix="stream-adapt-bench-") as folder:
+        streams.pretrain(events[:half], Path(folder))
+        model = read_model(Path(folder))
+    member = Member(model)
+    return float(_course(list(member.read(events)), model, lambda one: member.take(one)[0]).loss[half:].mean())
+
+
+def _complete(streams: Streams, kind: DriftKind) -> int:
+    """The first event of the new world."""
+    return streams.place + (_GRADUAL if kind == "gradual" else 0)
 
 
 def _course(stream: Sequence[Transaction], model: Model, take: Callable[[Transaction], Adapted]) -> Course:
@@ -331,12 +364,14 @@ def _told(streams: Streams, scenario: Scenario, course: Course, alone: Course, s
     fields: dict[str, object] = {}
     if scenario in KINDS:
         before = float(alone.loss[max(0, at - _BEFORE) : at].mean())
-        start = at + (_GRADUAL if scenario == "gradual" else 0)
         fields |= {"level_before": before, "left": n - at}
-        if scenario not in ("recurring", *HARMLESS):
+        if scenario in _LASTING:
+            start, new = _complete(streams, scenario), new_world_level(streams, scenario)
             end = float(alone.loss[-_MOVING:].mean())
-            fields["recovered"] = reached(course.loss, start, before + _WITHIN, at)
-            fields["recovered_without"] = reached(alone.loss, start, before + _WITHIN, at)
+            fields["level_new_world"] = new
+            for name, level in (("recovered", before), ("as_pretrained", max(before, new))):
+                fields[name] = reached(course.loss, start, level + _WITHIN, at)
+                fields[f"{name}_without"] = reached(alone.loss, start, level + _WITHIN, at)
             fields["same_level"] = reached(course.loss, start, end, at)
     if seen.planting is not None:
         fields |= _of_planted(seen, seen.planting)

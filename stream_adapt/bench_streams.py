@@ -31,8 +31,8 @@ _BATCH = 1_024
 _IN_TIME = 40_000
 #: A drift comes so many events, at least and at most, after the model went into service.
 _EARLIEST, _LATEST = 40_000, 200_000
-#: Of the synthetic stream.
-_SYNTHETIC_EVENTS = 200_000
+#: Events of the synthetic streams, by name. The long one leaves room for what takes more than a drift's first hour.
+_SYNTHETIC = {"synthetic": 200_000, "synthetic-long": 600_000}
 
 _to_json = msgspec.json.Encoder().encode
 
@@ -83,13 +83,16 @@ class Streams:
     def model(self) -> Model:
         """Of the first half: the one in the folder, or pretrained and put there."""
         if not any(self.folder.glob("*/manifest.json")):
-            from stream_adapt.meta.trainer import TrainSettings, pretrain
-
-            spec = LearnerSpec(self._source.features, self._source.feedback)
-            events = islice(self._source.events(), self.count)
-            trained = pretrain(events, spec, TrainSettings(seed=self.seed), "cpu")
-            write_model(self.folder, trained.weights, spec, trained.fitted, figures=trained.figures)
+            self.pretrain(islice(self._source.events(), self.count), self.folder)
         return read_model(self.folder)
+
+    def pretrain(self, events: Iterable[UserEvent], registry: Path) -> None:
+        """Puts a model of these events into a registry."""
+        from stream_adapt.meta.trainer import TrainSettings, pretrain
+
+        spec = LearnerSpec(self._source.features, self._source.feedback)
+        trained = pretrain(events, spec, TrainSettings(seed=self.seed), "cpu")
+        write_model(registry, trained.weights, spec, trained.fitted, figures=trained.figures)
 
     @property
     def model_folder(self) -> Path:
@@ -132,11 +135,11 @@ def write(path: Path, content: bytes) -> None:
 
 
 def _source(name: str, seed: int) -> Source:
-    """A data set; the synthetic one is another for each seed."""
-    if name == "synthetic":
-        return synthetic_source(Synthetic(seed=seed, events=_SYNTHETIC_EVENTS, drift="none"))
+    """A data set; a synthetic one is another for each seed."""
+    if name in _SYNTHETIC:
+        return synthetic_source(Synthetic(seed=seed, events=_SYNTHETIC[name], drift="none"))
     if name not in NAMES:
-        raise ConfigError(f"sets: {name!r} is none of {', '.join(NAMES)}")
+        raise ConfigError(f"sets: {name!r} is none of {', '.join(dict.fromkeys((*NAMES, *_SYNTHETIC)))}")
     return open_source(name)
 
 

@@ -869,7 +869,11 @@ def bench_scale(as_json: bool, **parameters: Any) -> None:
 
 @bench.command("drift")
 @click.option(
-    "--sets", default="movielens-1m,synthetic", show_default=True, metavar="NAMES", help="Data sets, comma-separated."
+    "--sets",
+    default="movielens-1m,synthetic",
+    show_default=True,
+    metavar="NAMES",
+    help="Data sets, comma-separated; synthetic-long is three times as long as synthetic.",
 )
 @click.option("--seeds", default=5, show_default=True, type=click.IntRange(min=1), help="Models and places of a drift.")
 @click.option("--detectors", default="", metavar="NAMES", help="Of River, comma-separated; the default if not given.")
@@ -879,6 +883,12 @@ def bench_scale(as_json: bool, **parameters: Any) -> None:
     help="For models and what the streams told; below the cache folder if not given.",
 )
 @click.option("--recovery/--no-recovery", default=True, show_default=True, help="Simulate refreshes, too: hours.")
+@click.option(
+    "--scenarios",
+    default="",
+    metavar="NAMES",
+    help="What is simulated, comma-separated: kinds of drift, stationary, planted; all if not given.",
+)
 @click.option(
     "--rate",
     default=100.0,

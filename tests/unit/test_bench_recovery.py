@@ -125,7 +125,7 @@ def test_a_ratio_without_a_recovery_to_compare_with_is_a_bound() -> None:
 def test_figures_are_of_all_seeds() -> None:
     runs = [
         run("permute", recovered=10_000, recovered_without=40_000, auc_last_quarter=0.78),
-        run("permute", seed=1, recovered=15_000, same_level=6_000),
+        run("permute", seed=1, recovered=15_000, same_level=6_000, as_pretrained=9_000, as_pretrained_without=36_000),
         run("flip", recovered=10_000, recovered_without=10_000),
         run("stationary", auc=0.7995),
         run("base_rate", auc=0.801),
@@ -142,4 +142,7 @@ def test_figures_are_of_all_seeds() -> None:
     )  # fmt: skip
     assert (1, 1.0) == (found.cases["a flip"].healed_alone, found.cases["a flip"].recovery_ratio)
     assert [None, 0.1] == found.cases["a permute"].same_level_ratios
+    assert ([None, 0.25], [False, False]) == (
+        found.cases["a permute"].as_pretrained_ratios, found.cases["a permute"].as_pretrained_ratio_is_bound
+    )  # fmt: skip
     assert "a planted" not in found.cases
