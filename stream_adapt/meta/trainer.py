@@ -78,6 +78,8 @@ EPOCHS = (7, 9)
 #: Share that is set aside likewise: the readout of a small log is fitted to few events. With 0.3 in place of 0.1 the
 #: calibration error on MovieLens-100K's first half fell from 0.017 to 0.014; more gained nothing on MovieLens-1M.
 SHARES = (0.3, 0.1)
+#: A training of so few events is over at once, but for what a process does only once.
+WARM_UP_EVENTS = 500
 #: Where σ² starts. Under the gradient rule, which does not learn it, it only says how sure pretraining is of an item: 1
 #: over the curvature of the logistic loss at ½.
 NOISE: dict[RuleName, float] = {"kalman": 2.0, "gradient": 4.0}
@@ -151,9 +153,10 @@ def pretrain_each(
     if not held.any():
         settings = msgspec.structs.replace(settings, outcome_weight=0.0)  # what is not fitted stays as in training
     steps = Steps(progress, trainings=2 if held.any() else 1)
-    share = msgspec.structs.replace(settings, seconds=settings.seconds / steps.left)
+    spent = _warmed_up(log, spec, where, clock) if settings.seconds else 0.0
+    timed = _timed(settings, int(np.sum(~held)) if held.any() else 0, len(log), spent)
     figures: dict[str, float] = {}
-    stop_after, corrections = settings.epochs, [readout.Correction() for _ in specs]
+    stop_after, part, corrections = settings.epochs, 1.0, [readout.Correction() for _ in specs]
     if held.any():
         encoded: list[Columns] = []  # once: the vocabulary stays
 
@@ -163,9 +166,11 @@ def pretrain_each(
             return figures_of(parameters, encoded[0], held, settings)
 
         watch = Watch(lambda p, v: judge(p, v)["log_loss"], settings.patience, validated)
-        rehearsal, vocabulary = train(log.where(~held), spec, share, where, steps, watch=watch, clock=clock)
+        rehearsal, vocabulary = train(log.where(~held), spec, timed[0], where, steps, watch=watch, clock=clock)
         figures = judge(rehearsal, vocabulary)
+        # What is fitted to a training fits no other that went further.
         stop_after = max(1, watch.epochs) if settings.patience else stop_after
+        part = steps.share if steps.in_time else part
         rehearsed = _folded_for(specs, rehearsal, vocabulary, encoded[0], settings)
         pairs = zip(rehearsed, specs, strict=True)
         for at, (weights, each) in enumerate(pairs):
@@ -174,14 +179,29 @@ def pretrain_each(
                 corrected, known = corrections[at].apply(weights), vocabulary.fitted
                 coefficients = calibrator.fit(corrected, each, known, log.where(~held), log.where(held))
                 corrections[at] = corrections[at]._replace(calibrator=coefficients)
-    parameters, vocabulary = train(log, spec, share, where, steps, stop_after=stop_after, clock=clock)
+    parameters, vocabulary = train(log, spec, timed[1], where, steps, stop_after=stop_after, part=part, clock=clock)
     folded = _folded_for(specs, parameters, vocabulary, sequences.encode(log, vocabulary).to(where), settings)
-    epochs = round(steps.share * settings.epochs, 2)
+    epochs = round(steps.share * part * settings.epochs, 2)
     about = {"objective": objective.told(settings.objective), "epochs": epochs, "budget_s": settings.seconds}
     return [
         Trained(correction.apply(weights), vocabulary.fitted, figures, about)
         for correction, weights in zip(corrections, folded, strict=True)
     ]
+
+
+def _warmed_up(log: Log, spec: LearnerSpec, device: torch.device, clock: Clock) -> float:
+    """Seconds that were spent on what a process's first training does once: several, on imports of torch's."""
+    started = clock()
+    train(log.head(WARM_UP_EVENTS), spec, TrainSettings(epochs=1), device, Steps(None, 1))
+    return clock() - started
+
+
+def _timed(settings: TrainSettings, rehearsed: int, events: int, spent: float) -> tuple[TrainSettings, TrainSettings]:
+    """Settings of a training on some events and of one on all: what time is left goes by what each has to read."""
+    left = max(settings.seconds - spent, 0.1 * settings.seconds)
+    seconds = left * rehearsed / (rehearsed + events)
+    first, rest = (msgspec.structs.replace(settings, seconds=s) for s in (seconds, left - seconds))
+    return first, rest
 
 
 def set_aside(settings: TrainSettings, events: int) -> float:
@@ -358,6 +378,7 @@ class Steps:
     def __init__(self, progress: Progress | None, trainings: int) -> None:
         self._progress, self.left, self._before = progress, trainings, 0
         self.share = 0.0  # of its planned steps that the training before did
+        self.in_time = False  # whether it was the clock that ended it
 
     def __call__(self, epoch: int, pace: Pace, loss: float) -> None:
         """A training did a step; the next training is taken to be as long."""
@@ -372,7 +393,7 @@ class Steps:
         """A training is over."""
         self._before += pace.shown
         self.left -= 1
-        self.share = pace.done / pace.steps
+        self.share, self.in_time = pace.done / pace.steps, pace.over and pace.done < pace.steps
 
 
 def train(
@@ -384,14 +405,15 @@ def train(
     *,
     watch: Watch | None = None,
     stop_after: int | None = None,
+    part: float = 1.0,
     clock: Clock = time.monotonic,
     kind: Callable[..., Parameters] = Parameters,
     vocabulary: Vocabulary | None = None,
 ) -> tuple[Parameters, Vocabulary]:
     """Trains θ, as `kind` makes it, until epochs (at most `stop_after`) or seconds are over, or `watch` ends it.
 
-    Once `averaged` of the steps are left, θ is the mean of what the steps since then made. The vocabulary is that of
-    the log, if it is not given.
+    Of all steps a `part` is planned, by the end of which the rate has come down. Once `averaged` of these are left, θ
+    is the mean of what the steps since then made. The vocabulary is that of the log, if it is not given.
     """
     started, generator = clock(), torch.Generator().manual_seed(settings.seed)
     number = settings.epochs or EPOCHS[len(log) > SMALL_LOG]
@@ -402,7 +424,7 @@ def train(
     windows, events = sequences.windows(columns.users, settings.longest), settings.batch_events or _usual(len(log))
     epochs = [_epoch(windows, events, settings.accumulate, generator) for _ in range(number)]
     columns, aim = columns.to(device), objective.make(settings.objective)
-    pace = Pace(sum(map(len, epochs)), settings.seconds, clock, started)
+    pace = Pace(max(1, round(part * sum(map(len, epochs)))), settings.seconds, clock, started)
     optimiser, schedule = _optimiser(parameters, settings, settings.rate or RATES[len(log) > SMALL_LOG], pace)
     averaged = torch.optim.swa_utils.AveragedModel(parameters)
     served = parameters

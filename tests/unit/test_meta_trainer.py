@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from itertools import chain, repeat
 from typing import Any
 
 import msgspec
@@ -121,14 +122,24 @@ def seconds_of(clock: Iterator[float], seconds: float, **more: Any) -> tuple[Tra
 
 
 def test_a_time_budget_ends_training_and_brings_its_rate_down_in_time() -> None:
-    made, done = seconds_of(iter(range(10_000)), 8.0)
-    assert len(done) == 8
+    made, done = seconds_of(iter(range(10_000)), 9.0)
+    assert len(done) == 8, "one second goes to what a process does once"
     assert done[-1] > 50, "the bar goes by the clock"
-    assert made.about["budget_s"] == 8.0
+    assert made.about["budget_s"] == 9.0
     assert 0 < made.about["epochs"] < 50, "as many as there was time for"
-    both, twice = seconds_of(iter(range(10_000)), 8.0, validation_share=0.1)
+    both, twice = seconds_of(iter(range(10_000)), 9.0, validation_share=0.1)
     assert both.figures
     assert len(twice) == 8, "four seconds for each of two trainings"
+
+
+def test_a_training_goes_no_further_than_the_one_that_the_readout_was_fitted_to() -> None:
+    """The first is slow, and ended by the clock; time then stands still."""
+    slow = chain(range(7), repeat(7))
+    made, done = seconds_of(map(float, slow), 11.0, validation_share=0.5)
+    assert len(done) == 4 + 7, "of 200 steps on half of the events, and of 350 on all: an epoch each"
+    whole, _ = seconds_of(repeat(0.0), 11.0, validation_share=0.5)
+    assert whole.about["epochs"] == 50
+    assert made.about["epochs"] == 1
 
 
 def test_the_rate_follows_the_clock() -> None:
