@@ -146,7 +146,8 @@ def show(result: DriftFigures, console: Console) -> None:
 def _show_refresh(result: RefreshFigures, console: Console) -> None:
     columns = ["recovery ratio", "as pretrained", "healed alone", "AUC, last quarter", "AUC, all", "promotions"]
     columns += ["training s"]
-    table = Table(Column("with refreshes", no_wrap=True), *(Column(name, justify="right") for name in columns))
+    named = [Column("with refreshes", no_wrap=True), *(Column(name, justify="right") for name in columns)]
+    table = Table(*named, padding=0)  # for 80 columns
     for name, case in result.cases.items():
         table.add_row(
             name,
