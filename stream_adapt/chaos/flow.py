@@ -384,13 +384,14 @@ class _Run:
             result.promotions = sum(one.decided_by == "refresh" for one in announced)
             result.swaps_scored = sum(len(parts) - 1 for parts in versions.values())
             calm = oracle.calm_run(pipeline, self._inputs, versions, self._models(versions))
-            changelog = oracle.latest_rows(oracle.read_topic(self._brokers.address, settings.topic_names.changelog))
-        rows = oracle.compare_rows(calm.rows, changelog, calm.layouts)
+            changelog = oracle.read_topic(self._brokers.address, settings.topic_names.changelog)
+        rows = oracle.compare_rows(calm.rows, oracle.latest_rows(changelog), calm.layouts)
         result.rows_compared, result.rows_different = rows.compared, rows.different
         result.max_row_error = rows.max_error
         result.scores_compared = len(calm.scores)
         result.scores_different, different = oracle.compare_scores(calm.scores, scores)
-        result.faults += [*rows.first, *different, *oracle.compare_controls(changelog, self._committed, versions)]
+        controls = oracle.control_rows(changelog)
+        result.faults += [*rows.first, *different, *oracle.compare_controls(controls, self._committed, versions)]
 
     def _announced(self) -> list[Announcement]:
         """In order; the topic is compacted, but nothing of it yet."""

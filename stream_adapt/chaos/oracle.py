@@ -123,7 +123,7 @@ class _Score(msgspec.Struct, frozen=True):
     source_offset: int
 
 
-class _Control(msgspec.Struct, frozen=True):
+class Control(msgspec.Struct, frozen=True):
     """What is compared of a control row; its bytes are a header, MessagePack and a checksum."""
 
     next_offset: int
@@ -133,7 +133,7 @@ class _Control(msgspec.Struct, frozen=True):
 
 _HEADER_BYTES, _CHECKSUM_BYTES = 8, 4
 _decode_score = msgspec.json.Decoder(_Score).decode
-_decode_control = msgspec.msgpack.Decoder(_Control).decode
+_decode_control = msgspec.msgpack.Decoder(Control).decode
 
 
 def read_topic(bootstrap_servers: str, topic: str, timeout_s: float = 120.0) -> list[Message]:
@@ -476,36 +476,51 @@ def _largest(one: Any, other: Any) -> float:
     return float(np.max(np.abs(np.asarray(one, dtype=np.float64) - np.asarray(other, dtype=np.float64))))
 
 
+def control_rows(changelog: Iterable[Message]) -> dict[int, list[Control]]:
+    """Control rows by partition, in the order in which they were committed."""
+    found: dict[int, list[Control]] = {}
+    for message in changelog:
+        content = _bytes(message.value())
+        if content is not None and _bytes(message.key()) == CONTROL_KEY.encode():
+            row = _decode_control(content[_HEADER_BYTES:-_CHECKSUM_BYTES])
+            found.setdefault(int(message.partition() or 0), []).append(row)
+    return found
+
+
 def compare_controls(
-    found: Mapping[RowKey, bytes],
+    found: Mapping[int, Sequence[Control]],
     committed: Mapping[int, int],
     versions: Mapping[int, Sequence[Stretch]] = MappingProxyType({}),
 ) -> list[str]:
     """Control rows of the changelog that do not stand where the group stands, or not at the model that scores say.
 
     Args:
-        found: the changelog's rows.
+        found: the changelog's control rows by partition, the last one last.
         committed: the group's offsets, by partition.
         versions: by partition, which versions scored it.
     """
     wrong = []
     for partition, offset in sorted(committed.items()):
-        content = found.get((partition, CONTROL_KEY))
-        control = None if content is None else _decode_control(content[_HEADER_BYTES:-_CHECKSUM_BYTES])
-        told = control and control.next_offset
+        rows = found.get(partition, ())
+        told = rows[-1].next_offset if rows else None
         if told != offset:
             wrong.append(f"control row of partition {partition}: next offset {told}, the group committed {offset}")
-        if control is not None and versions.get(partition):
-            wrong += _wrong_model(partition, control, versions[partition])
+        if rows and versions.get(partition):
+            wrong += _wrong_model(partition, rows, versions[partition])
     return wrong
 
 
-def _wrong_model(partition: int, control: _Control, parts: Sequence[Stretch]) -> Iterator[str]:
-    """A shard goes over before the first score of a version, and after the last one of the version before."""
+def _wrong_model(partition: int, rows: Sequence[Control], parts: Sequence[Stretch]) -> Iterator[str]:
+    """A shard goes over before the first score of a version, and after the last one of the version before; or where it
+    had gone over to another version that scored nothing, as a row that stood there says."""
+    control = rows[-1]
     of_newest = control.model_version == parts[-1].version
     before = parts[:-1] if of_newest else parts
     earliest, latest = before[-1].last + 1 if before else 0, parts[-1].first if of_newest else control.next_offset
-    if not earliest <= control.model_since <= latest:
+    returned = control.model_since > latest and any(
+        row.model_version != control.model_version and row.next_offset == control.model_since for row in rows
+    )
+    if not (returned or earliest <= control.model_since <= latest):
         yield (
             f"control row of partition {partition}: {control.model_version} since {control.model_since}; by its scores "
             f"since one of {earliest} to {latest}"

@@ -14,6 +14,7 @@ from stream_adapt.chaos.load import ID_HEADER, REASON_HEADER, records
 from stream_adapt.chaos.oracle import (
     CONTROL_KEY,
     CalmRun,
+    Control,
     Input,
     Output,
     Stretch,
@@ -23,6 +24,7 @@ from stream_adapt.chaos.oracle import (
     compare_outputs,
     compare_rows,
     compare_versions,
+    control_rows,
     stretches,
 )
 from stream_adapt.config import Config
@@ -167,10 +169,7 @@ def test_rows_that_only_one_side_has_are_different(model: Model) -> None:
 
 
 def test_a_control_row_must_stand_where_the_group_stands() -> None:
-    def control(offset: int) -> bytes:
-        return bytes(8) + msgspec.msgpack.encode({"partition": 0, "next_offset": offset}) + bytes(4)
-
-    rows = {(0, CONTROL_KEY): control(7), (1, CONTROL_KEY): control(8)}
+    rows = {0: [Control(3), Control(7)], 1: [Control(8)]}
     assert [] == compare_controls(rows, {0: 7, 1: 8})
     assert ["control row of partition 1: next offset 8, the group committed 9"] == compare_controls(rows, {0: 7, 1: 9})
     assert ["control row of partition 2: next offset None, the group committed 1"] == compare_controls(
@@ -210,6 +209,22 @@ def test_a_calm_run_goes_over_to_another_model_where_the_scores_say_so(
 def _said(score: bytes) -> dict[str, object]:
     """All of it but when."""
     return {**msgspec.json.decode(score), "scored_at": 0}
+
+
+class _Record:
+    """A row of the changelog as it is read back."""
+
+    def __init__(self, key: bytes, value: bytes | None) -> None:
+        self._key, self._value = key, value
+
+    def partition(self) -> int:
+        return 1
+
+    def key(self) -> bytes:
+        return self._key
+
+    def value(self) -> bytes | None:
+        return self._value
 
 
 class _Message:
@@ -264,7 +279,32 @@ def test_a_partition_that_goes_back_and_a_version_that_nobody_announced_are_name
     ],
 )  # fmt: skip
 def test_a_control_row_names_the_model_and_where_it_took_over(version: str, since: int, fine: bool) -> None:
-    told = {"partition": 0, "next_offset": 40, "model_version": version, "model_since": since}
-    rows = {(0, CONTROL_KEY): bytes(8) + msgspec.msgpack.encode(told) + bytes(4)}
+    rows = {0: [Control(40, version, since)]}
     wrong = compare_controls(rows, {0: 40}, {0: [Stretch("a", 0, 10), Stretch("b", 15, 30)]})
     assert fine is (wrong == []), wrong
+
+
+@pytest.mark.parametrize(
+    ("between", "fine"),
+    [
+        ([Control(36, "a", 36)], True),  # went back, scored nothing, and came again
+        ([Control(36, "b", 12)], False),  # never went
+        ([Control(35, "a", 35)], False),  # not there
+        ([], False),
+    ],
+)
+def test_a_shard_that_went_over_and_back_without_a_score_says_so_in_its_history(
+    between: list[Control], fine: bool
+) -> None:
+    rows = {0: [Control(11, "a", 0), Control(34, "b", 12), *between, Control(40, "b", 36)]}
+    wrong = compare_controls(rows, {0: 40}, {0: [Stretch("a", 0, 10), Stretch("b", 15, 30)]})
+    assert fine is (wrong == []), wrong
+
+
+def test_control_rows_are_read_in_their_order_and_nothing_else() -> None:
+    def content(next_offset: int) -> bytes:
+        told = {"partition": 1, "next_offset": next_offset, "model_version": "a", "model_since": 3}
+        return bytes(8) + msgspec.msgpack.encode(told) + bytes(4)
+
+    changelog = [_Record(b"u:ann", b"a row"), *(_Record(b"c:", content(n)) for n in (5, 9)), _Record(b"i:c", None)]
+    assert {1: [Control(5, "a", 3), Control(9, "a", 3)]} == control_rows(changelog)  # type: ignore[arg-type]
