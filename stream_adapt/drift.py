@@ -4,7 +4,8 @@
 
 Users act in bursts, so losses of neighbouring events hang together, and a detector that is fed event by event takes
 bursts for drift. So detectors get means of groups of events, in standard deviations of such means within a frozen
-reference: the first groups since the start, which stay what they are when a detector resets itself. Only rises count.
+reference: the first groups since the start, which stay what they are when a detector resets itself, and when somebody
+else goes on watching (`Watched`). Only rises count.
 
 Detectors are River's, by name (Montiel et al., "River: machine learning for streaming data in Python", JMLR 2021).
 Since when a signal has moved is the last zero of the sum max(0, S + z − 1/2), Page's test ("Continuous inspection
@@ -17,9 +18,8 @@ import inspect
 import math
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Any, Protocol
 
@@ -39,6 +39,8 @@ ALARM_FORMAT = 1
 _RECENT = 8
 #: A group's deviation from the reference is taken to be at most so large: one odd group is no drift.
 _LARGEST = 5.0
+#: Offsets in what one monitor leaves to another: a record with so many has less than half of what a broker takes.
+_MOST_OFFSETS = 20_000
 #: What a binary detector is told of a group: whether it lies so many deviations above the reference.
 _HIGH = 1.0
 #: Page's sum grows no further, so that a signal that comes back soon counts as back.
@@ -89,6 +91,70 @@ class Statistic(msgspec.Struct, frozen=True):
     domain: str | None  # None: over all
     value: float | None  # mean of the last groups; None before the first
     reference: float | None  # None while it is being gathered
+
+
+class Place(msgspec.Struct):
+    """How far the stream was read."""
+
+    offsets: dict[int, int] = {}  # partition → next offset
+    time_ms: int = 0  # event time
+    labelled: int = 0  # events so far
+
+    def pass_by(self, summary: Summary) -> None:
+        """This was read, too."""
+        self.offsets[summary.partition] = summary.last_offset + 1
+        self.time_ms = summary.last_ms
+        self.labelled += summary.labelled
+
+    def here(self) -> Place:
+        """A copy that stays here."""
+        return Place(dict(self.offsets), self.time_ms, self.labelled)
+
+
+class Mean(msgspec.Struct):
+    """Of so many numbers, and how much they vary (Welford, Technometrics 1962)."""
+
+    count: int = 0
+    mean: float = 0.0
+    squares: float = 0.0  # Σ (x − mean)²
+
+    def add(self, value: float) -> None:
+        """One more."""
+        self.count += 1
+        off = value - self.mean
+        self.mean += off / self.count
+        self.squares += off * (value - self.mean)
+
+    @property
+    def deviation(self) -> float:
+        """Standard deviation, of a sample."""
+        return math.sqrt(self.squares / (self.count - 1)) if self.count > 1 else 0.0
+
+
+class Standing(msgspec.Struct, kw_only=True):
+    """Where a signal stands, over all or in a domain, all but what its detector keeps to itself."""
+
+    signal: str
+    domain: str | None  # None: over all
+    group_events: int  # of a group that is one number in these means
+    reference: Mean = msgspec.field(default_factory=Mean)  # so far, until it is complete
+    recent: list[float] = []  # the last groups
+    fired: bool = False  # the detector saw a change, and Page's sum has not been 0 since
+    rise: float = 0.0  # Page's sum
+    risen: Mean = msgspec.field(default_factory=Mean)  # since it was 0
+    since: Place = msgspec.field(default_factory=Place)  # where it was 0 last
+
+
+class Watched(msgspec.Struct, frozen=True):
+    """What a monitor knows, but for the group that is not full yet: what another one goes on with."""
+
+    place: Place = msgspec.field(default_factory=Place)
+    quiet_until: int = 0  # labelled events
+    standings: tuple[Standing, ...] = ()
+
+    def copy(self) -> Watched:
+        """One that stays as it is."""
+        return msgspec.convert(msgspec.to_builtins(self), Watched)
 
 
 @dataclass
@@ -173,15 +239,27 @@ class DriftMonitor:
     """
 
     def __init__(
-        self, settings: DriftSettings, now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000
+        self,
+        settings: DriftSettings,
+        now_ms: Callable[[], int] = lambda: time.time_ns() // 1_000_000,
+        watched: Watched | None = None,
     ) -> None:
-        """ConfigError: the settings name a detector, parameters or signals that there are not."""
+        """Begins to watch.
+
+        Args:
+            settings: what is watched, and how.
+            now_ms: the time.
+            watched: by the one before. What it knows of groups of another size is left out.
+
+        Raises:
+            ConfigError: the settings name a detector, parameters or signals that there are not.
+        """
         for name in settings.signals:
             if name not in SIGNALS:
                 raise ConfigError(f"drift.signals: {name!r} is none; there are {', '.join(SIGNALS)}")
         self._settings = settings
         self._now_ms = now_ms
-        self._begin()
+        self._begin(watched or Watched())
 
     def add(self, summaries: Sequence[Summary]) -> list[Alarm]:
         """Takes in what transactions told; returns what moved.
@@ -205,13 +283,24 @@ class DriftMonitor:
     def restart(self, reason: str) -> None:
         """Forgets everything, references too: another model is in service, and what it is like has to be seen."""
         log.info("drift monitor starts anew", reason=reason)
-        self._begin()
+        self._begin(Watched())
 
-    def _begin(self) -> None:
-        self._place = _Place()
-        self._quiet_until = 0
+    def _begin(self, before: Watched) -> None:
+        before = before.copy()
+        fitting = [one for one in before.standings if one.group_events == self._settings.group_events]
+        self._known = {(one.domain, one.signal): one for one in fitting}
+        self._place, self._quiet_until = before.place, before.quiet_until
         self._all = self._group(None)
         self._domains: dict[str, _Group] = {}
+        for one in fitting:
+            self._watch_domain(one.domain or "")
+
+    def watched(self) -> Watched:
+        """What it knows, for another one to go on from here; not of domains where that is too much for a record."""
+        standings = tuple(channel.standing for channel in self._channels())
+        if len(standings) * len(self._place.offsets) > _MOST_OFFSETS:
+            standings = tuple(channel.standing for channel in self._all.channels)
+        return Watched(self._place, self._quiet_until, standings).copy()
 
     def statistics(self) -> list[Statistic]:
         """Current value and reference of each signal, over all and by domain."""
@@ -219,13 +308,18 @@ class DriftMonitor:
 
     def _groups(self, domain: str) -> Iterator[_Group]:
         yield self._all
-        if domain and domain not in self._domains and len(self._domains) < self._settings.domains:
-            self._domains[domain] = self._group(domain)
+        self._watch_domain(domain)
         if domain in self._domains:
             yield self._domains[domain]
 
+    def _watch_domain(self, domain: str) -> None:
+        """If it has a name and is not watched yet, and no more are than may be."""
+        if domain and domain not in self._domains and len(self._domains) < self._settings.domains:
+            self._domains[domain] = self._group(domain)
+
     def _group(self, domain: str | None) -> _Group:
-        return _Group([_Channel(name, domain, self._settings) for name in self._settings.signals])
+        known, settings = self._known, self._settings
+        return _Group([_Channel(name, domain, settings, known.get((domain, name))) for name in settings.signals])
 
     def _channels(self) -> Iterator[_Channel]:
         for group in (self._all, *self._domains.values()):
@@ -249,25 +343,6 @@ class DriftMonitor:
 
 
 @dataclass
-class _Place:
-    """How far the stream was read."""
-
-    offsets: dict[int, int] = field(default_factory=dict)  # partition → next offset
-    time_ms: int = 0
-    labelled: int = 0  # events so far
-
-    def pass_by(self, summary: Summary) -> None:
-        """This was read, too."""
-        self.offsets[summary.partition] = summary.last_offset + 1
-        self.time_ms = summary.last_ms
-        self.labelled += summary.labelled
-
-    def here(self) -> _Place:
-        """A copy that stays here."""
-        return replace(self, offsets=dict(self.offsets))
-
-
-@dataclass
 class _Group:
     """Events of one domain, or of all, until there are enough of them; and who is told then."""
 
@@ -278,68 +353,69 @@ class _Group:
 class _Channel:
     """One signal of one domain, or over all: its reference, its detector, and since when it is above the reference."""
 
-    def __init__(self, signal: str, domain: str | None, settings: DriftSettings) -> None:
-        self._name, self._signal, self._domain = signal, SIGNALS[signal], domain
+    def __init__(self, signal: str, domain: str | None, settings: DriftSettings, known: Standing | None) -> None:
+        self._signal = SIGNALS[signal]
         self._detector_name = settings.detector
         self._detector = make_detector(settings.detector, settings.detector_parameters)
         self._binary = settings.detector.startswith("binary.")
         self._groups_of_reference = settings.reference_events // settings.group_events
-        self._gathered: list[float] = []
-        self._mean = self._deviation = math.nan
-        self._recent: deque[float] = deque(maxlen=_RECENT)
-        self._fired = False  # the detector saw a change, and Page's sum has not been 0 since
-        self._rise = 0.0  # Page's sum
-        self._risen: list[float] = []  # values since it was 0
-        self._since = _Place()
+        self.standing = known or Standing(signal=signal, domain=domain, group_events=settings.group_events)
 
-    def feed(self, sums: Sums, place: _Place) -> None:
+    def feed(self, sums: Sums, place: Place) -> None:
         """One more group."""
-        value = self._signal.of(sums)
-        self._recent.append(value)
-        if math.isnan(self._mean):
-            self._gather(value, place)
+        value, at = self._signal.of(sums), self.standing
+        at.recent = [*at.recent, value][-_RECENT:]
+        if not self._is_complete:
+            at.reference.add(value)
+            at.since = place.here()
             return
-        z = min((value - self._mean) / self._deviation, _LARGEST)
-        self._rise = min(max(0.0, self._rise + z - _SLACK), _HIGHEST)
-        if self._rise == 0.0:
-            self._fired, self._risen, self._since = False, [], place.here()
+        z = min((value - at.reference.mean) / self._deviation, _LARGEST)
+        at.rise = min(max(0.0, at.rise + z - _SLACK), _HIGHEST)
+        if at.rise == 0.0:
+            at.fired, at.risen, at.since = False, Mean(), place.here()
         else:
-            self._risen.append(value)
+            at.risen.add(value)
         self._detector.update(z > _HIGH if self._binary else max(z, -_LARGEST))
-        self._fired = self._fired or (self._detector.drift_detected and self._rise > 0.0)
+        at.fired = at.fired or (self._detector.drift_detected and at.rise > 0.0)
 
     @property
     def is_raised(self) -> bool:
         """Whether the detector saw a change for the worse that still holds."""
-        return self._fired and statistics.fmean(self._recent) > self._mean + _SLACK * self._deviation
+        at = self.standing
+        if not (at.fired and self._is_complete):
+            return False
+        return statistics.fmean(at.recent) > at.reference.mean + _SLACK * self._deviation
 
-    def alarm(self, place: _Place, model_version: str, now_ms: int) -> Alarm:
+    def alarm(self, place: Place, model_version: str, now_ms: int) -> Alarm:
         """What there is to say of it."""
+        at = self.standing
         return Alarm(
-            signal=self._name,
-            domain=self._domain,
+            signal=at.signal,
+            domain=at.domain,
             detector=self._detector_name,
-            value=statistics.fmean(self._risen),
-            reference=self._mean,
-            since=dict(self._since.offsets),
-            since_ms=self._since.time_ms,
-            events=place.labelled - self._since.labelled,
+            value=at.risen.mean,
+            reference=at.reference.mean,
+            since=dict(at.since.offsets),
+            since_ms=at.since.time_ms,
+            events=place.labelled - at.since.labelled,
             model_version=model_version,
             detected_ms=now_ms,
         )
 
     def statistic(self) -> Statistic:
-        """Where it stands."""
-        value = statistics.fmean(self._recent) if self._recent else None
-        return Statistic(self._name, self._domain, value, None if math.isnan(self._mean) else self._mean)
+        """What is told of it."""
+        at = self.standing
+        value = statistics.fmean(at.recent) if at.recent else None
+        return Statistic(at.signal, at.domain, value, at.reference.mean if self._is_complete else None)
 
-    def _gather(self, value: float, place: _Place) -> None:
-        """One more group of the reference, until it is complete."""
-        self._gathered.append(value)
-        if len(self._gathered) >= self._groups_of_reference:
-            self._mean = statistics.fmean(self._gathered)
-            self._deviation = max(statistics.stdev(self._gathered), self._signal.least_deviation)
-            self._since = place.here()
+    @property
+    def _is_complete(self) -> bool:
+        """Whether there is a reference: from then on it stays."""
+        return self.standing.reference.count >= self._groups_of_reference
+
+    @property
+    def _deviation(self) -> float:
+        return max(self.standing.reference.deviation, self._signal.least_deviation)
 
 
 def _is_finite(summary: Summary) -> bool:

@@ -12,7 +12,7 @@ import structlog
 from stream_adapt import models, service
 from stream_adapt.announcements import Announcement, Announcements
 from stream_adapt.config import Config
-from stream_adapt.drift import Alarm, DriftMonitor
+from stream_adapt.drift import Alarm, DriftMonitor, Watched
 from stream_adapt.errors import ConfigError, KafkaRefused, ModelError, StreamAdaptError
 from stream_adapt.learning import Summary
 from stream_adapt.models import Model, Registry, check_successor, read_model
@@ -90,7 +90,6 @@ class Leader:
         self._looks = 0
         self._offset = 0
         self._ends: dict[int, int] = {}  # by partition: offset behind the last event that summaries told of
-        self._monitor = DriftMonitor(config.drift)
         self._alarms_ms: dict[str, int] = {}
         self._status_s = 0.0
         try:
@@ -103,6 +102,7 @@ class Leader:
                 self._journal.write(found)
             self.state = found
             self._offset = self.state.learning_offset
+            self._monitor = DriftMonitor(config.drift, watched=self.state.watched)
             self._enter(again=True)
         except BaseException:
             self.close()
@@ -377,6 +377,8 @@ class Leader:
         moved = state is not before.state or action is Action.YIELD
         if moved:
             changed = changed.changed(since_ms=now, attempts=0)
+        same = changed.champion == before.champion
+        changed = changed.changed(watched=self._monitor.watched() if same else Watched())
         if state is State.TRAINING and moved:
             recent = tuple(at for at in before.started_ms if at > now - _DAY_MS)
             changed = changed.changed(started_ms=(*recent, now), learned={**before.learned, **self._ends})
@@ -388,7 +390,7 @@ class Leader:
         if changed.last is not before.last:
             self._record_decision(changed.last)
         if moved:
-            if changed.champion != before.champion:
+            if not same:
                 self._monitor.restart("another model is served")
             self._enter()
 

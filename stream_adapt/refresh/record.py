@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import msgspec
 
+from stream_adapt.drift import Watched
 from stream_adapt.errors import StateMismatch
 from stream_adapt.refresh.states import State
 
@@ -65,6 +66,7 @@ class RefreshState(msgspec.Struct, frozen=True, kw_only=True):
     last: Decision | None = None
     request: str = ""  # id of the last request that was taken up
     learning_offset: int = 0  # of the learning topic: summaries before it led to no alarm, or to one that was seen
+    watched: Watched = Watched()  # what drift is told by, as of that offset
 
     def encode(self) -> bytes:
         """As it is written."""

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from stream_adapt.config import DriftSettings
-from stream_adapt.drift import SIGNALS, Alarm, DriftMonitor, detectors
+from stream_adapt.drift import SIGNALS, Alarm, DriftMonitor, Watched, detectors
 from stream_adapt.errors import ConfigError, DataError
 from stream_adapt.learning import Summary
 
@@ -118,6 +118,61 @@ def test_a_rise_during_the_cooldown_after_a_false_alarm_is_told_at_its_end() -> 
     first = next(i for i, alarms in enumerate(told) if alarms)
     assert "excess_loss" in [alarm.signal for alarm in told[first]]
     assert 20 == pytest.approx(first, abs=5)
+
+
+def followed(watch: DriftMonitor, **changes: Any) -> DriftMonitor:
+    """Who goes on with what a monitor left in a record."""
+    left = msgspec.json.decode(msgspec.json.encode(watch.watched()), type=Watched)
+    return DriftMonitor(settings(**changes), now_ms=lambda: 77, watched=left)
+
+
+@pytest.mark.parametrize("at", [7, 100, 203, 230, 330], ids=["gathering", "calm", "rising", "told", "over"])
+def test_who_goes_on_watching_tells_what_the_one_before_would_have_told(at: int) -> None:
+    stream = [*windows(0, 200), *windows(200, 320, excess=0.2), *windows(320, 500), *windows(500, 560, excess=0.2)]
+    told, first = monitor().add(stream), monitor()
+    before = first.add(stream[:at])
+    second = followed(first)
+    assert first.statistics() == second.statistics()
+    after = second.add(stream[at:])
+    assert len(told) > 2
+    assert told[: len(before)] == before
+    assert [one.reference for one in told] == [one.reference for one in [*before, *after]]
+    for expected, actual in zip(told, [*before, *after], strict=True):
+        assert expected.since == pytest.approx(actual.since, abs=4 * GROUP)
+        assert expected.events == pytest.approx(actual.events, abs=4 * GROUP)
+        assert expected.value == pytest.approx(actual.value, abs=0.05)
+
+
+def test_what_was_watched_of_groups_of_another_size_is_gathered_anew() -> None:
+    watch = monitor(signals=["excess_loss", "loss"])
+    watch.add(windows(0, 100))
+    other = followed(watch, signals=["excess_loss"], group_events=GROUP // 2)
+    assert [None] == [one.reference for one in other.statistics()]
+    fewer = followed(watch, signals=["unseen", "excess_loss"])
+    assert [("unseen", True), ("excess_loss", False)] == [
+        (one.signal, one.reference is None) for one in fewer.statistics()
+    ]
+
+
+def test_domains_are_handed_on_unless_partitions_are_too_many_for_a_record() -> None:
+    watch = monitor(signals=["excess_loss"])
+    watch.add([summary(n, domain=("books", "music")[n % 2]) for n in range(100)])
+    assert watch.statistics() == followed(watch, signals=["excess_loss"]).statistics()
+    watch.add([summary(n, partition=n) for n in range(9_000)])
+    left = watch.watched()
+    assert ([None], 9_000) == ([one.domain for one in left.standings], len(left.place.offsets))
+    assert len(msgspec.json.encode(left)) < 500_000
+
+
+def test_what_was_handed_on_does_not_move_with_the_one_before() -> None:
+    watch = monitor()
+    watch.add(windows(0, 100))
+    left = watch.watched()
+    kept = msgspec.json.encode(left)
+    other = DriftMonitor(settings(), watched=left)
+    for one in (watch, other):
+        one.add(windows(100, 140, excess=0.2))
+    assert kept == msgspec.json.encode(left)
 
 
 def test_numbers_that_are_not_finite_do_not_silence_the_monitor() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -457,3 +458,47 @@ def test_where_members_begin_with_another_model_and_nothing_was_announced_the_re
     monkeypatch.setattr(module, "read_model", lambda _path: stage.registry.read(newer))
     stage.leader = stage.lead()
     assert (State.STABLE, newer) == (stage.state.state, stage.state.champion)
+
+
+def windows(stage: Stage, start: int, stop: int, excess: float = 0.0) -> None:
+    """Windows of 10 events that cost so much more than their scores expect, each with a turn of the leader."""
+    for n in range(start, stop):
+        loss = 5.5 + 10 * excess + (-1) ** n * 0.3
+        told = Summary(0, n, 10 * n, 10 * n + 9, "", stage.champion, 10, 10, loss, 6.0, 5.5, 6.0, 6.0, 0, 0, n)
+        stage.leader.turn([told], n + 1)
+        stage.now_s += 1
+
+
+def test_who_leads_next_knows_what_was_normal_and_does_not_take_the_new_world_for_it(stage: Stage) -> None:
+    drift = {"group_events": 10, "reference_events": 200, "cooldown_events": 300, "signals": ["excess_loss"]}
+    stage.config = Config.model_validate({**stage.config.model_dump(), "drift": drift})
+    FakePair.outcomes = [SAME]
+    stage.leader.close()
+    stage.leader = stage.lead()
+    windows(stage, 0, 40)
+    windows(stage, 40, 65, excess=0.3)
+    (first,) = map(Alarm.from_bytes, stage.kafka.alarms)
+    assert {0: 400} == first.since
+    stage.leader.close()
+    stage.leader = stage.lead()
+    windows(stage, stage.state.learning_offset, 120, excess=0.3)
+    alarms = list(map(Alarm.from_bytes, stage.kafka.alarms))
+    assert [first.since, first.since, first.since] == [alarm.since for alarm in alarms[:3]]
+    assert [first.reference] * len(alarms) == [alarm.reference for alarm in alarms]
+    assert {300} == {later.events - one.events for one, later in pairwise(alarms)}, "as often as is told"
+    assert stage.champion == stage.state.champion
+
+
+def test_what_was_normal_for_a_champion_says_nothing_of_the_next(stage: Stage) -> None:
+    drift = {"group_events": 10, "reference_events": 200, "signals": ["excess_loss"]}
+    stage.config = Config.model_validate({**stage.config.model_dump(), "drift": drift})
+    stage.leader.close()
+    stage.leader = stage.lead()
+    windows(stage, 0, 60, excess=0.0)
+    windows(stage, 60, 70, excess=0.3)
+    references = [one.reference.count for one in stage.state.watched.standings]
+    assert [20] == references
+    while stage.state.champion != stage.challenger:
+        stage.turns()
+    assert () == stage.state.watched.standings
+    assert [None] == [one.reference for one in stage.leader.status().drift]
