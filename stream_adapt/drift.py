@@ -35,8 +35,8 @@ log = structlog.get_logger(__name__)
 #: Raised by one when the meaning of an alarm's record changes.
 ALARM_FORMAT = 1
 
-#: Groups whose mean is a signal's current value.
-_RECENT = 8
+#: Groups whose mean is a signal's current value, and those that a new detector is told of when it goes on.
+_RECENT, _REMEMBERED = 8, 32
 #: A group's deviation from the reference is taken to be at most so large: one odd group is no drift.
 _LARGEST = 5.0
 #: Offsets in what one monitor leaves to another: a record with so many has less than half of what a broker takes.
@@ -132,13 +132,13 @@ class Mean(msgspec.Struct):
 
 
 class Standing(msgspec.Struct, kw_only=True):
-    """Where a signal stands, over all or in a domain, all but what its detector keeps to itself."""
+    """Where a signal stands, over all or in a domain."""
 
     signal: str
     domain: str | None  # None: over all
     group_events: int  # of a group that is one number in these means
     reference: Mean = msgspec.field(default_factory=Mean)  # so far, until it is complete
-    recent: list[float] = []  # the last groups
+    last: list[float] = []  # means of the last groups
     fired: bool = False  # the detector saw a change, and Page's sum has not been 0 since
     rise: float = 0.0  # Page's sum
     risen: Mean = msgspec.field(default_factory=Mean)  # since it was 0
@@ -285,16 +285,6 @@ class DriftMonitor:
         log.info("drift monitor starts anew", reason=reason)
         self._begin(Watched())
 
-    def _begin(self, before: Watched) -> None:
-        before = before.copy()
-        fitting = [one for one in before.standings if one.group_events == self._settings.group_events]
-        self._known = {(one.domain, one.signal): one for one in fitting}
-        self._place, self._quiet_until = before.place, before.quiet_until
-        self._all = self._group(None)
-        self._domains: dict[str, _Group] = {}
-        for one in fitting:
-            self._watch_domain(one.domain or "")
-
     def watched(self) -> Watched:
         """What it knows, for another one to go on from here; not of domains where that is too much for a record."""
         standings = tuple(channel.standing for channel in self._channels())
@@ -305,6 +295,16 @@ class DriftMonitor:
     def statistics(self) -> list[Statistic]:
         """Current value and reference of each signal, over all and by domain."""
         return [channel.statistic() for channel in self._channels()]
+
+    def _begin(self, before: Watched) -> None:
+        before = before.copy()
+        fitting = [one for one in before.standings if one.group_events == self._settings.group_events]
+        self._known = {(one.domain, one.signal): one for one in fitting}
+        self._place, self._quiet_until = before.place, before.quiet_until
+        self._all = self._group(None)
+        self._domains: dict[str, _Group] = {}
+        for one in fitting:
+            self._watch_domain(one.domain or "")
 
     def _groups(self, domain: str) -> Iterator[_Group]:
         yield self._all
@@ -360,23 +360,31 @@ class _Channel:
         self._binary = settings.detector.startswith("binary.")
         self._groups_of_reference = settings.reference_events // settings.group_events
         self.standing = known or Standing(signal=signal, domain=domain, group_events=settings.group_events)
+        if self._is_complete:  # what a detector knows cannot be handed on: it is told again
+            for value in self.standing.last:
+                self._detect(value)
 
     def feed(self, sums: Sums, place: Place) -> None:
         """One more group."""
         value, at = self._signal.of(sums), self.standing
-        at.recent = [*at.recent, value][-_RECENT:]
+        at.last = [*at.last, value][-_REMEMBERED:]
         if not self._is_complete:
             at.reference.add(value)
             at.since = place.here()
             return
-        z = min((value - at.reference.mean) / self._deviation, _LARGEST)
+        z = self._detect(value)
         at.rise = min(max(0.0, at.rise + z - _SLACK), _HIGHEST)
         if at.rise == 0.0:
             at.fired, at.risen, at.since = False, Mean(), place.here()
         else:
             at.risen.add(value)
-        self._detector.update(z > _HIGH if self._binary else max(z, -_LARGEST))
         at.fired = at.fired or (self._detector.drift_detected and at.rise > 0.0)
+
+    def _detect(self, value: float) -> float:
+        """Tells the detector of a group; returns how many deviations it lies above the reference."""
+        z = min((value - self.standing.reference.mean) / self._deviation, _LARGEST)
+        self._detector.update(z > _HIGH if self._binary else max(z, -_LARGEST))
+        return z
 
     @property
     def is_raised(self) -> bool:
@@ -384,7 +392,7 @@ class _Channel:
         at = self.standing
         if not (at.fired and self._is_complete):
             return False
-        return statistics.fmean(at.recent) > at.reference.mean + _SLACK * self._deviation
+        return statistics.fmean(at.last[-_RECENT:]) > at.reference.mean + _SLACK * self._deviation
 
     def alarm(self, place: Place, model_version: str, now_ms: int) -> Alarm:
         """What there is to say of it."""
@@ -405,7 +413,7 @@ class _Channel:
     def statistic(self) -> Statistic:
         """What is told of it."""
         at = self.standing
-        value = statistics.fmean(at.recent) if at.recent else None
+        value = statistics.fmean(at.last[-_RECENT:]) if at.last else None
         return Statistic(at.signal, at.domain, value, at.reference.mean if self._is_complete else None)
 
     @property

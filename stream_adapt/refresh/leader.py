@@ -38,6 +38,8 @@ _WATCH_LOOKS = 4
 #: Events of the former version, scored since a promotion, before it counts as not served.
 _EVENTS_OF_FORMER = 1_000
 _STATUS_S = 2.0
+#: While nothing happens, what is known of drift is written so often: what members told before may be gone one day.
+_KEPT_S = 3_600.0
 _DECIDED_BY = "refresh"
 
 
@@ -92,6 +94,7 @@ class Leader:
         self._ends: dict[int, int] = {}  # by partition: offset behind the last event that summaries told of
         self._alarms_ms: dict[str, int] = {}
         self._status_s = 0.0
+        self._kept_s = clock()
         try:
             self._announcements.read_to_end()
             served = self._served()
@@ -132,6 +135,7 @@ class Leader:
             found = Event.FAILED, str(problem)
         if found is not None:
             self._happened(*found)
+        self._keep()
         self._tell()
 
     def close(self) -> None:
@@ -498,6 +502,13 @@ class Leader:
         figures = {f"{when}_{name}": value for name, value in found.figures().items()}
         self.state = self.state.changed(figures={**self.state.figures, **figures})
         log.info(f"refresh {when}", **{name: round(value, 6) for name, value in figures.items()})
+
+    def _keep(self) -> None:
+        """Where summaries were read to, and what they told of drift."""
+        if self.state.state in RESTING and self._clock() - self._kept_s >= _KEPT_S:
+            self._kept_s = self._clock()
+            self.state = self.state.changed(learning_offset=self._offset, watched=self._monitor.watched())
+            self._journal.write(self.state)
 
     def _tell(self) -> None:
         if self._clock() - self._status_s >= _STATUS_S:

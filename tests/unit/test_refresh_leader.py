@@ -489,6 +489,22 @@ def test_who_leads_next_knows_what_was_normal_and_does_not_take_the_new_world_fo
     assert stage.champion == stage.state.champion
 
 
+def test_what_is_known_of_drift_is_kept_while_nothing_happens(stage: Stage) -> None:
+    drift = {"group_events": 10, "reference_events": 200, "signals": ["excess_loss"]}
+    stage.config = Config.model_validate({**stage.config.model_dump(), "drift": drift})
+    stage.leader.close()
+    stage.leader = stage.lead()
+    windows(stage, 0, 40)
+    assert (0, ()) == (stage.state.learning_offset, stage.state.watched.standings)
+    stage.now_s += 3_600
+    windows(stage, 40, 50)
+    assert (41, [20]) == (stage.state.learning_offset, [one.reference.count for one in stage.state.watched.standings])
+    stage.leader.close()
+    stage.leader = stage.lead()
+    windows(stage, 50, 60, excess=0.3)
+    assert State.STABLE is not stage.state.state
+
+
 def test_what_was_normal_for_a_champion_says_nothing_of_the_next(stage: Stage) -> None:
     drift = {"group_events": 10, "reference_events": 200, "signals": ["excess_loss"]}
     stage.config = Config.model_validate({**stage.config.model_dump(), "drift": drift})
