@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -19,11 +20,13 @@ from typing import Self
 from confluent_kafka import KafkaException
 from confluent_kafka.admin import AdminClient
 
+from stream_adapt.chaos import segments
 from stream_adapt.chaos.members import Troubles
 from stream_adapt.chaos.schedule import Timeouts
 from stream_adapt.errors import KafkaRefused
 from stream_adapt.kafka import clients
 from stream_adapt.kafka.embedded import HOST, EmbeddedKafka, free_ports
+from stream_adapt.record import Source
 from stream_adapt.testing.proxy import FaultProxy
 
 #: Members may ask for sessions down to this.
@@ -126,6 +129,18 @@ class Brokers:
             with (node.kafka.data_dir / "broker.log").open(encoding="utf-8", errors="replace") as log:
                 found += [line.strip() for line in log if _LEFT_OUT in line]
         return found
+
+    def sent_again(self, topic: str, places: Sequence[Source]) -> bool:
+        """Whether the records at these places are one that its idempotent producer sent again, with a new epoch.
+
+        That is what librdkafka does with records under way when a broker that takes over misses sequence numbers; if
+        the broker has such a record already, it takes it for another one.
+        """
+        partitions = {partition for partition, _ in places}
+        folders = [
+            node.kafka.data_dir / "logs" / f"{topic}-{partition}" for node in self.nodes for partition in partitions
+        ]
+        return len(partitions) == 1 and segments.sent_again(folders, [offset for _, offset in places])
 
     def restart(self, *, kill: bool) -> bool:
         """Ends the next one in turn, in order or by SIGKILL, and starts it again with its data; False if that is still

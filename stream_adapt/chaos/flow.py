@@ -326,7 +326,8 @@ class _Run:
             topics, address = self._settings.topic_names, self._brokers.address
             scores = oracle.read_topic(address, topics.scores)
             outputs, broken = oracle.read_outputs(scores, oracle.read_topic(address, topics.dead_letters))
-        said = oracle.compare_outputs(self._inputs, outputs, broken)
+        again = self._sent_again()
+        said = oracle.compare_outputs(self._inputs, outputs, broken, again)
         takeovers = takeovers_s(self._hits, self._watch.samples)
         result = ChaosResult(
             minutes=self._options.minutes,
@@ -370,8 +371,17 @@ class _Run:
         left_out = self._brokers.markers_left_out()
         result.markers_left_out = len(left_out)
         result.notes = [f"the broker left transaction markers out, so doubles there are its own: {e}" for e in left_out]
+        result.notes += [
+            f"the load's producer sent {one} again, and the broker took it twice: two inputs" for one in again
+        ]
         result.notes += [f"not done by hand: {what}" for what in self._operator.refused]
         return result
+
+    def _sent_again(self) -> list[str]:
+        """Ids that are in the input twice by the load's client and a broker, and by nobody else."""
+        events = self._settings.topic_names.events
+        repeated = oracle.repeated_ids(self._inputs).items()
+        return [record_id for record_id, places in repeated if self._brokers.sent_again(events, places)]
 
     def _compare_rows(self, result: ChaosResult, scores: list[Message]) -> None:
         """Rows and scores against those of a calm run."""

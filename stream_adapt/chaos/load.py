@@ -19,7 +19,6 @@ from confluent_kafka import KafkaError, KafkaException, Message, Producer
 
 from stream_adapt.datasets import synthetic
 from stream_adapt.datasets.synthetic import Synthetic
-from stream_adapt.errors import KafkaRefused
 from stream_adapt.learner.encoder import Feature
 from stream_adapt.learner.feedback import Feedback
 from stream_adapt.record import FeatureValue
@@ -125,11 +124,9 @@ BAD: dict[str, Spoil] = {
 class Load:
     """Produces the stream at a pace, in threads of its own, until told to stop.
 
-    `acked` are the ids that the broker took for good; `unknown` those of records, and of upstream transactions, that
-    got no answer, or another one. The input topic, read back, must hold all of the first, may hold the second, and
-    nothing else, each once. So nothing is sent a second time, not by librdkafka either: its idempotent producer sends
-    what is under way again with a new epoch when a broker finds sequence numbers missing, which happens when brokers
-    are killed, and then a broker that had the record already takes it again (seen once in some two million).
+    `acked` are the ids that the broker took for good; `unknown` those of upstream transactions whose commit got no
+    answer. The input topic, read back, must hold all of the first, may hold the second, and nothing else. It may hold
+    a record twice (`Brokers.sent_again`).
     """
 
     def __init__(self, bootstrap_servers: str, topic: str, seed: int, per_second: float) -> None:
@@ -156,7 +153,7 @@ class Load:
         """Returns when all that was begun is in the topic, aborted, or unknown.
 
         Raises:
-            KafkaRefused, TimeoutError: the broker took nothing, or not all that was left.
+            KafkaException: the broker refused a record for good.
         """
         self._done.set()
         for thread in self._threads:
@@ -172,19 +169,18 @@ class Load:
             self.error = error
 
     def _events(self) -> None:
-        once = {"enable.idempotence": False, "message.send.max.retries": 0, "acks": "all"}
-        producer = Producer(self._settings(**once, **{"message.timeout.ms": int(_FLUSH_S * 1000)}))
+        producer = Producer(self._settings(**{"message.timeout.ms": int(_FLUSH_S * 1000)}))
         source, began, produced = records(self._seed, "e"), time.monotonic(), 0
         while not self._done.wait(_TURN_S):
             due = int((time.monotonic() - began) * self._per_second)
             for record in islice(source, max(due - produced, 0)):
-                self._produce(producer, record, self.acked, self.unknown)
+                self._produce(producer, record, self.acked)
             produced = max(due, produced)
             producer.poll(0)
+            if self.error is not None:
+                return
         if left := producer.flush(_FLUSH_S):
             raise TimeoutError(f"{self._topic}: {left} events were not taken within {_FLUSH_S:g} s")
-        if produced and not self.acked:
-            raise KafkaRefused(f"{self._topic}: none of {produced} events was taken")
 
     def _transactions(self) -> None:
         random, source = np.random.default_rng(self._seed), records(self._seed + 1, "t")
@@ -214,7 +210,7 @@ class Load:
         taken: set[str] = set()
         producer.begin_transaction()
         for record in batch:
-            self._produce(producer, record, taken, set())
+            self._produce(producer, record, taken)
         producer.flush(_UPSTREAM_CALL_S)
         time.sleep(open_s)
         if not commits:
@@ -224,9 +220,12 @@ class Load:
         producer.commit_transaction(_UPSTREAM_CALL_S)
         self.acked |= taken
 
-    def _produce(self, producer: Producer, record: Record, taken: set[str], not_told: set[str]) -> None:
+    def _produce(self, producer: Producer, record: Record, into: set[str]) -> None:
         def delivered(error: KafkaError | None, _: Message) -> None:
-            (taken if error is None else not_told).add(record.record_id)
+            if error is None:
+                into.add(record.record_id)
+            elif into is self.acked:
+                self.error = KafkaException(error)
 
         while True:
             try:
@@ -241,6 +240,7 @@ class Load:
     def _settings(self, **more: Any) -> dict[str, Any]:
         return {
             "bootstrap.servers": self._bootstrap_servers,
+            "enable.idempotence": True,
             "linger.ms": 5,
             "partitioner": "murmur2_random",
             "log_level": 0,  # of a broker that goes away there is nothing new to tell

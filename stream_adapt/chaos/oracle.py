@@ -18,7 +18,7 @@ import time
 import uuid
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from itertools import pairwise
 from types import MappingProxyType
@@ -228,14 +228,27 @@ def read_outputs(scores: Iterable[Message], dead_letters: Iterable[Message]) -> 
     return outputs, broken
 
 
-def compare_outputs(inputs: Sequence[Input], outputs: Sequence[Output], broken: Sequence[str] = ()) -> OutputComparison:
-    """Every input exactly one output, the right one; nothing else."""
+def compare_outputs(
+    inputs: Sequence[Input],
+    outputs: Sequence[Output],
+    broken: Sequence[str] = (),
+    sent_again: Collection[str] = (),
+) -> OutputComparison:
+    """Every input exactly one output, the right one; nothing else.
+
+    Args:
+        inputs: all that were committed.
+        outputs: all that can be read.
+        broken: what is wrong with the others.
+        sent_again: ids that may be in the input more than once.
+    """
     by_place = {one.place: one for one in inputs}
     seen = Counter(output.place for output in outputs)
     lost = [one for one in inputs if not seen[one.place]]
     doubled = [one for one in inputs if seen[one.place] > 1]
     unexpected = [output for output in outputs if output.place not in by_place]
-    invalid = [*broken, *_wrong(by_place, outputs), *_repeated_ids(inputs)]
+    repeated = [f"{told}: the load, or the broker, doubled it" for told in _repeated(inputs, sent_again)]
+    invalid = [*broken, *_wrong(by_place, outputs), *repeated]
     return OutputComparison(
         inputs=len(inputs),
         outputs=len(outputs) + len(broken),
@@ -269,10 +282,18 @@ def _wrong(inputs: Mapping[Source, Input], outputs: Iterable[Output]) -> Iterato
             yield f"{output.where}: {one.record_id} has another key or other bytes than its input {_at(one.place)}"
 
 
-def _repeated_ids(inputs: Iterable[Input]) -> Iterator[str]:
-    for record_id, count in Counter(one.record_id for one in inputs).items():
-        if count > 1:
-            yield f"the input has {record_id} {count} times: the load, or the broker, doubled it"
+def _repeated(inputs: Iterable[Input], sent_again: Collection[str]) -> Iterator[str]:
+    for record_id, places in repeated_ids(inputs).items():
+        if record_id not in sent_again:
+            yield f"the input has {record_id} {len(places)} times"
+
+
+def repeated_ids(inputs: Iterable[Input]) -> dict[str, list[Source]]:
+    """Ids that are in the input more than once, and where."""
+    places: dict[str, list[Source]] = {}
+    for one in inputs:
+        places.setdefault(one.record_id, []).append(one.place)
+    return {record_id: found for record_id, found in places.items() if len(found) > 1}
 
 
 def compare_load(inputs: Iterable[Input], acked: set[str], unknown: set[str]) -> list[str]:

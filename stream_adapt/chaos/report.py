@@ -55,7 +55,7 @@ class ChaosResult(msgspec.Struct):
     drain_s: float = 0.0
     seconds: float = 0.0
     markers_left_out: int = 0  # transactions that the broker ended without a marker in some partition: `broker.py`
-    notes: list[str] = []  # what may explain faults
+    notes: list[str] = []  # what may explain faults, and what brokers and clients did by themselves
     faults: list[str] = []  # everything that should not have been, in words
     logs: str | None = None  # where logs are, if they were kept
     schedule: list[Action] = []

@@ -25,6 +25,7 @@ from stream_adapt.chaos.oracle import (
     compare_rows,
     compare_versions,
     control_rows,
+    repeated_ids,
     stretches,
 )
 from stream_adapt.config import Config
@@ -108,6 +109,15 @@ def test_what_cannot_be_read_and_inputs_that_repeat_an_id_are_invalid() -> None:
     assert 1 == compare_outputs(INPUTS, OUTPUTS, ["scores[0]@1: not a score"]).invalid
     twin = INPUTS[0]._replace(place=(0, 10_000))
     assert 1 == compare_outputs([*INPUTS, twin], [*OUTPUTS, _output(twin)]).invalid
+
+
+def test_inputs_that_a_producer_sent_again_must_have_an_output_each() -> None:
+    twin = INPUTS[0]._replace(place=(0, 10_000))
+    assert {twin.record_id: [INPUTS[0].place, twin.place]} == repeated_ids([*INPUTS, twin])
+    assert {} == repeated_ids(INPUTS)
+    assert compare_outputs([*INPUTS, twin], [*OUTPUTS, _output(twin)], sent_again={twin.record_id}).ok
+    assert 1 == compare_outputs([*INPUTS, twin], OUTPUTS, sent_again={twin.record_id}).lost
+    assert 1 == compare_outputs([*INPUTS, twin], [*OUTPUTS, _output(twin)], sent_again={"another"}).invalid
 
 
 def test_the_input_topic_must_hold_what_was_acknowledged_and_nothing_else() -> None:
