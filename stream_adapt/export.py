@@ -18,9 +18,10 @@ import numpy.typing as npt
 from stream_adapt import service
 from stream_adapt.config import Config
 from stream_adapt.errors import ConfigError, StateMismatch
-from stream_adapt.inspection import Progress, applied, changelog_partitions, diagonal, read_through
+from stream_adapt.inspection import Progress, changelog_partitions, diagonal, read_through
 from stream_adapt.kafka.changelog import ChangelogReader, Records
 from stream_adapt.learner import rules
+from stream_adapt.learner.rules.layout import applied
 from stream_adapt.models import LearnerSpec
 from stream_adapt.restore import load
 from stream_adapt.state.row import CONTROL_KEY, PREFIX, ControlRow, Kind, RowError

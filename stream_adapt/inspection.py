@@ -26,6 +26,7 @@ from stream_adapt.kafka import clients, properties
 from stream_adapt.kafka.changelog import ChangelogReader, Records
 from stream_adapt.learner import rules
 from stream_adapt.learner.rules.compiled import HORIZON
+from stream_adapt.learner.rules.layout import applied
 from stream_adapt.models import LearnerSpec, Model
 from stream_adapt.state.row import CONTROL_KEY, PREFIX, ControlRow, Kind, fingerprint_of, row_bytes_of
 
@@ -324,21 +325,6 @@ def diagonal(packed: npt.NDArray[Any], width: int) -> Floats:
     """Variances `[…, D+1]` of P `[…, D+1]` or of its packed lower triangle."""
     at = np.arange(width)
     return packed[..., at if packed.shape[-1] == width else at * (at + 3) // 2].astype(np.float64)
-
-
-def applied(items: npt.NDArray[Any]) -> tuple[Floats, Floats, Floats, Floats]:
-    """Δc, its variance, δ and its variances `[m]`, `[m, D]`, pending sums applied as the next window does."""
-    due = items["pending_count"] > 0
-    c, c_var = items["c"].astype(np.float64), items["c_var"].astype(np.float64)
-    delta, delta_var = items["delta"].astype(np.float64), items["delta_var"].astype(np.float64)
-    new_c_var = 1.0 / (1.0 / c_var + items["c_info"])
-    new_delta_var = 1.0 / (1.0 / delta_var + items["delta_info"])
-    return (
-        np.where(due, c + new_c_var * items["c_sum"], c),
-        np.where(due, new_c_var, c_var),
-        np.where(due[:, None], delta + new_delta_var * items["delta_sum"], delta),
-        np.where(due[:, None], new_delta_var, delta_var),
-    )
 
 
 def _item_rows(items: _Found, spec: LearnerSpec) -> dict[int, tuple[float, Floats]]:

@@ -16,8 +16,6 @@ from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
 from stream_adapt.learner.encoder import FittedFeature
-from stream_adapt.learner.rules import find
-from stream_adapt.learner.rules.events import Scores
 from stream_adapt.meta import readout
 from stream_adapt.meta.sequences import Log
 from stream_adapt.models import Floats32, LearnerSpec, SlowWeights
@@ -49,11 +47,11 @@ def fit(weights: SlowWeights, spec: LearnerSpec, fitted: tuple[FittedFeature, ..
         earlier: what θ was trained on. Users have the same numbers in both.
         log: events that it was not trained on, in the order of time.
     """
-    model, rule = readout.served(weights, spec), find(spec.rule)
+    model = readout.served(weights, spec)
     number = 1 + max(log.users.max(initial=0), earlier.users.max(initial=0))
     users = readout.first_users(model, int(number))
     before, events = (readout.encoded(weights, spec, fitted, part)._replace(user=part.users) for part in (earlier, log))
-    rule.compiled(model)(users, readout.first_items(model, before), before, Scores.empty(len(earlier)))
+    readout.rehearsed(model, users, before)
 
     def said(coefficients: npt.NDArray[np.float64]) -> Tensor:
         heard = msgspec.structs.replace(weights, calibrator=coefficients.astype(np.float32))

@@ -173,10 +173,16 @@ def first_items(model: Model, events: Events) -> Array:
     return items
 
 
+def rehearsed(model: Model, users: Array, events: Events) -> tuple[Array, Scores]:
+    """Rows of the events' items after the rule went over them, and what it said; `users` learn, items start here."""
+    items, said = first_items(model, events), Scores.empty(len(events.user))
+    find(model.spec.rule).compiled(model)(users, items, events, said)
+    return items, said
+
+
 def heard(model: Model, users: Array, events: Events) -> tuple[Tensor, Tensor]:
     """Logits of the scores and v + v_item `[n]` of events that the rule goes over; `users` learn, items start here."""
-    said = Scores.empty(len(events.user))
-    find(model.spec.rule).compiled(model)(users, first_items(model, events), events, said)
+    _, said = rehearsed(model, users, events)
     return torch.logit(torch.from_numpy(said.score), eps=1e-12), torch.from_numpy(said.uncertainty).square()
 
 

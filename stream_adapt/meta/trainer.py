@@ -30,6 +30,7 @@ from stream_adapt.meta.objective.kalman import Kalman
 from stream_adapt.meta.objective.prequential import predict
 from stream_adapt.meta.pace import Clock, Pace, Validate, Watch, held_out
 from stream_adapt.meta.sequences import Columns, Log, Vocabulary
+from stream_adapt.meta.settling import settled
 from stream_adapt.models import Floats32, LearnerSpec, RuleName, SlowWeights
 from stream_adapt.record import UserEvent
 
@@ -54,6 +55,7 @@ class TrainSettings(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cooccurrence_items: int = 5_000  # that take part, the most frequent: memory is the square of it
     item_bias_variance: float = 0.2  # V₀
     item_offset_variance: float = 0.05  # of each coordinate
+    settled: float = 0.5  # share of what the rule then learns of items in a pass over the log that θ takes over
     outcome_weight: float = 0.25  # λ of the Kalman rule in service, from 0 to 1; training itself has none
     # Of the events, set aside; 0: no figures, no fitted readout, no λ, and half the time. None: by the size of the log.
     validation_share: float | None = None
@@ -184,8 +186,13 @@ def pretrain_each(
     epochs = round(steps.share * part * settings.epochs, 2)
     about = {"objective": objective.told(settings.objective), "epochs": epochs, "budget_s": settings.seconds}
     return [
-        Trained(correction.apply(weights), vocabulary.fitted, figures, about)
-        for correction, weights in zip(corrections, folded, strict=True)
+        Trained(
+            settled(correction.apply(weights), each, vocabulary.fitted, log, settings.settled),
+            vocabulary.fitted,
+            figures,
+            about,
+        )
+        for correction, weights, each in zip(corrections, folded, specs, strict=True)
     ]
 
 

@@ -19,6 +19,7 @@ from stream_adapt.learner.feedback import Feedback, LabelCuts
 from stream_adapt.meta import objective, readout, sequences, trainer
 from stream_adapt.meta.objective.prequential import predict
 from stream_adapt.meta.pace import Pace, Watch, held_out
+from stream_adapt.meta.settling import settled
 from stream_adapt.meta.trainer import Trained, TrainSettings, pretrain
 from stream_adapt.models import LearnerSpec, Manifest, Model, RuleName, SlowWeights, read_model, write_model
 from stream_adapt.record import Batch, ItemId, UserEvent, UserId
@@ -245,6 +246,25 @@ def test_the_kalman_rule_is_given_the_share_that_outcomes_have(rule: RuleName, e
         assert [found] == pretrain(tastes(200), spec, settings, device="cpu").weights.outcome_weight.tolist()
 
 
+def test_the_rule_goes_over_the_whole_log_in_the_end_with_what_was_fitted(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = msgspec.structs.replace(QUICK, epochs=1, validation_share=0.2)
+    with_it = pretrain(tastes(200), SPEC, settings, device="cpu")
+    seen: list[tuple[LearnerSpec, Any, int, float]] = []
+
+    def watched(weights: SlowWeights, spec: LearnerSpec, fitted: Any, log: sequences.Log, share: float) -> SlowWeights:
+        seen.append((spec, fitted, len(log), share))
+        return settled(weights, spec, fitted, log, share)
+
+    monkeypatch.setattr(trainer, "settled", watched)
+    assert_same(with_it, pretrain(tastes(200), SPEC, settings, device="cpu"))
+    assert [(SPEC, with_it.fitted, 200, 0.5)] == seen
+    monkeypatch.setattr(trainer, "settled", lambda weights, *_: weights)
+    without = pretrain(tastes(200), SPEC, settings, device="cpu")
+    assert not np.array_equal(with_it.weights.item_vector, without.weights.item_vector)
+    for name in ("readout", "noise", "level_noise", "item_events"):
+        np.testing.assert_array_equal(getattr(with_it.weights, name), getattr(without.weights, name), err_msg=name)
+
+
 def test_a_small_log_sets_more_aside() -> None:
     assert (0.3, 0.1) == tuple(trainer.set_aside(TrainSettings(), n) for n in (100_000, 100_001))
     assert 0.25 == trainer.set_aside(msgspec.structs.replace(QUICK, validation_share=0.25), 10)
@@ -363,9 +383,10 @@ def test_the_readout_is_fitted_to_the_last_events_and_to_no_others(monkeypatch: 
         given.append(log)
         return readout.Correction(noise=2.0, alpha=0.5)
 
-    plain = pretrain(tastes(), SPEC, QUICK, device="cpu").weights
+    as_trained = msgspec.structs.replace(QUICK, settled=0.0)
+    plain = pretrain(tastes(), SPEC, as_trained, device="cpu").weights
     monkeypatch.setattr(readout, "fit", fit)
-    weights = pretrain(tastes(), SPEC, msgspec.structs.replace(QUICK, validation_share=0.1), device="cpu").weights
+    weights = pretrain(tastes(), SPEC, msgspec.structs.replace(as_trained, validation_share=0.1), device="cpu").weights
     assert [e.timestamp for e in tastes()[360:]] == given[0].times_ms.tolist()
     assert weights.noise == 2 * plain.noise
     assert weights.readout[0] == pytest.approx(0.5 * plain.readout[0])
@@ -380,7 +401,8 @@ def test_specs_that_differ_in_the_covariance_share_a_training() -> None:
     for spec, trained in zip(specs, both, strict=True):
         assert_same(pretrain(tastes(), spec, settings, "cpu", lambda *step: told.append(step)), trained)
     assert 3 * steps == len(told)
-    full, diagonal = (one.weights for one in both)
+    as_trained = msgspec.structs.replace(settings, settled=0.0)  # the pass over items is each covariance's own
+    full, diagonal = (one.weights for one in trainer.pretrain_each(tastes(), specs, as_trained, "cpu"))
     assert (diagonal.prior_variance[:-1] == 1.0).all()
     np.testing.assert_allclose(
         full.item_vector[:, :-1] @ full.prior_mean[:-1],

@@ -6,8 +6,15 @@ is all zeros but for its variances, and a new θ carries a row by keeping its de
 
 from __future__ import annotations
 
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
 from stream_adapt.models import LearnerSpec
 from stream_adapt.state.row import Field, Kind, Layout
+
+Floats = npt.NDArray[np.float64]
 
 
 def user_layout(spec: LearnerSpec, *own: Field) -> Layout:
@@ -54,4 +61,19 @@ def item_layout(spec: LearnerSpec) -> Layout:
             Field("delta_info", "<f4", (size,), "pending Σ w²/R"),
             Field("delta_sum", "<f4", (size,), "pending Σ w e/R"),
         ),
+    )
+
+
+def applied(items: npt.NDArray[Any]) -> tuple[Floats, Floats, Floats, Floats]:
+    """Δc, its variance, δ and its variances `[m]`, `[m, D]`, pending sums applied as the next window does."""
+    due = items["pending_count"] > 0
+    c, c_var = items["c"].astype(np.float64), items["c_var"].astype(np.float64)
+    delta, delta_var = items["delta"].astype(np.float64), items["delta_var"].astype(np.float64)
+    new_c_var = 1.0 / (1.0 / c_var + items["c_info"])
+    new_delta_var = 1.0 / (1.0 / delta_var + items["delta_info"])
+    return (
+        np.where(due, c + new_c_var * items["c_sum"], c),
+        np.where(due, new_c_var, c_var),
+        np.where(due[:, None], delta + new_delta_var * items["delta_sum"], delta),
+        np.where(due[:, None], new_delta_var, delta_var),
     )
