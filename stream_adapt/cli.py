@@ -728,6 +728,13 @@ def pretrain(as_json: bool, **request: Any) -> None:
     "--warm/--cold", default=True, show_default=True, help="Users keep the rows that the first half gave them, or not."
 )
 @click.option(
+    "--ties",
+    default="kept",
+    show_default=True,
+    type=click.Choice(["kept", "drawn"]),
+    help="Events with the same time: in the order of the source, or in one that is drawn, always the same.",
+)
+@click.option(
     "--device", default="auto", show_default=True, type=click.Choice(["auto", "cpu", "cuda"]), help="Of the training."
 )
 @click.option("--baselines", default="", metavar="NAMES", help="Compare with these, comma-separated, or with all.")

@@ -13,10 +13,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stream_adapt.datasets import log, movielens, synthetic
-from stream_adapt.datasets.source import Source
+from stream_adapt.datasets.source import Source, ties_drawn
 from stream_adapt.errors import ConfigError, DataError
 
-__all__ = ["NAMES", "Source", "open_source"]
+__all__ = ["NAMES", "Source", "open_source", "ties_drawn"]
 
 _BUNDLED: dict[str, Callable[[Path | None], Source]] = {
     **{name: movielens.opener(name) for name in movielens.COUNTS},

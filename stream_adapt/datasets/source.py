@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+
+import numpy as np
 
 from stream_adapt.learner.encoder import Feature
 from stream_adapt.learner.feedback import Feedback, LabelCuts
@@ -31,3 +33,18 @@ class Source:
     count: int | None
     #: Index of the first event after a drift that was put there on purpose.
     drift_at: int | None = None
+
+
+def ties_drawn(source: Source, seed: int = 0) -> Source:
+    """The same events; those that follow each other with one time stand in an order that is drawn, once for a seed.
+
+    Sets whose clock is coarse do not tell the order within a tick, but what is said of users' first events hangs on it.
+    """
+
+    def events() -> Iterator[UserEvent]:
+        given = list(source.events())
+        ticks = np.cumsum(np.diff([event.timestamp for event in given], prepend=0) != 0)
+        order = np.lexsort((np.random.default_rng(seed).random(len(given)), ticks))
+        return (given[at] for at in order.tolist())
+
+    return replace(source, events=events)

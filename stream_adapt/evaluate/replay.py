@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from stream_adapt.adapt import Adapter
-from stream_adapt.datasets import Source, open_source
+from stream_adapt.datasets import Source, open_source, ties_drawn
 from stream_adapt.errors import ConfigError
 from stream_adapt.evaluate import baselines, direct, report
 from stream_adapt.evaluate import figures as of
@@ -40,6 +40,7 @@ if TYPE_CHECKING:  # torch takes seconds to import: only where it is used
     from stream_adapt.meta.trainer import Trained
 
 Levels = Literal["two", "all"]
+Ties = Literal["kept", "drawn"]
 Clock = Callable[[], float]
 
 _T = TypeVar("_T")
@@ -61,6 +62,7 @@ class ReplayOptions:
     normalized: bool = LearnerSpec().normalized  # steps of the gradient rule
     calibrator: Calibrator = "none"  # of a model that is pretrained here
     partitions: int = 1
+    ties: Ties = "kept"  # events with the same time: as the source has them, or in an order that is drawn
     objective: str = "prequential"  # of pretraining; direct: without meta-learning, as the baseline
     support: float | None = None  # of maml and fomaml
     seconds: float = 0.0  # for a pretraining; 0: as long as it takes
@@ -104,6 +106,7 @@ class ReplayResult(Figures, frozen=True, kw_only=True):
     objective: str | None  # None: of the model that was given
     seeds: int
     warm: bool
+    ties: Ties
     model_version: str | None  # of the model that was given
     spread: dict[str, float]  # largest less smallest over seeds
     frozen: Figures  # the same model without adapting
@@ -156,6 +159,7 @@ class Replay:
             objective=self.options.objective if self.version is None else None,
             seeds=len(adapted),
             warm=self.options.warm,
+            ties=self.options.ties,
             model_version=self.version,
             spread=of.spread(adapted),
             frozen=frozen,
@@ -187,6 +191,7 @@ def replay(source: Source, options: ReplayOptions, bar: Progress) -> Replay:
     names, _ = baselines.chosen(options.baselines)
     model = None if options.model is None else _given(options.model, options)
     spec = _spec(source, options) if model is None else model.spec
+    source = ties_drawn(source) if options.ties == "drawn" else source
     task = bar.add_task("reading events", total=None)
     run = Replay(options, source, spec, cut(source, spec, options.partitions, warm=options.warm))
     bar.remove_task(task)

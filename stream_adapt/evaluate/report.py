@@ -178,6 +178,7 @@ def _what_was_run(run: Replay, result: ReplayResult) -> list[list[str]]:
         ["first half", f"{len(first):,} events, xxh3 {first.digest}"],
         ["second half", f"{len(second):,} events, xxh3 {second.digest}; {result.events:,} with feedback"],
         ["refused events", f"{result.refused:,}"],
+        ["events with one time", "in the source's order" if result.ties == "kept" else "in an order that is drawn"],
         ["users", f"{users}; the n-th event of a user is counted from the first half on"],
         ["model", run.version or "pretrained on the first half"],
         ["seeds", str(result.seeds)],

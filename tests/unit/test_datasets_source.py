@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 
+import msgspec
 import pytest
 
-from stream_adapt.datasets import NAMES, Source, open_source
+from stream_adapt.datasets import NAMES, Source, open_source, ties_drawn
 from stream_adapt.datasets.source import STARS
 from stream_adapt.errors import ConfigError, DataError
 from stream_adapt.local import cache_folder
+from stream_adapt.record import UserEvent
 
 
 def test_the_names_are_the_ones_of_the_command_line() -> None:
@@ -43,6 +47,28 @@ def test_stars_are_five_levels_and_four_is_the_target() -> None:
     levels = STARS.level_of([1.0, 2.0, 3.0, 4.0, 5.0], ["rating"] * 5)
     assert levels.tolist() == [0, 1, 2, 3, 4]
     assert STARS.target_level == 3
+
+
+def test_ties_are_drawn_within_a_time_and_the_same_in_every_pass() -> None:
+    given = [event for _, event in zip(range(300), open_source("synthetic").events(), strict=False)]
+    coarse = [replace_time(event, k // 10 if k != 150 else 3) for k, event in enumerate(given)]
+    source = replace(open_source("synthetic"), events=lambda: iter(coarse))
+    drawn, other = ties_drawn(source), ties_drawn(source, seed=1)
+    events = list(drawn.events())
+    assert [event.timestamp for event in coarse] == [event.timestamp for event in events]  # also of one that is late
+    for kept, moved in zip(ticks(coarse), ticks(events), strict=True):
+        assert set(kept) == set(moved)
+    assert coarse != events
+    assert events == list(drawn.events())
+    assert events != list(other.events())
+
+
+def replace_time(event: UserEvent, time: int) -> UserEvent:
+    return msgspec.structs.replace(event, timestamp=time, features={})
+
+
+def ticks(events: list[UserEvent]) -> list[list[str]]:
+    return [[event.event_id for event in tied] for _, tied in groupby(events, lambda event: event.timestamp)]
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -105,6 +105,18 @@ def test_users_are_warm_at_the_half_unless_told_otherwise(source: Source, model:
     assert cold.frozen[0].probabilities.tobytes() == warm.frozen[0].probabilities.tobytes()
 
 
+def test_ties_are_drawn_if_that_is_asked_for(source: Source, model: Path) -> None:
+    given = list(source.events())
+    eights = [msgspec.structs.replace(event, timestamp=given[k - k % 8].timestamp) for k, event in enumerate(given)]
+    coarse = replace(source, events=lambda: iter(eights))
+    kept, drawn = (replay(coarse, ReplayOptions(model=model, ties=ties), quiet()) for ties in ("kept", "drawn"))
+    assert ("kept", "drawn") == (kept.result().ties, drawn.result().ties)
+    before, after = ([event.event_id for event in run.halves.second.events] for run in (kept, drawn))
+    assert before != after
+    assert [set(before[k : k + 8]) for k in range(0, HALF, 8)] == [set(after[k : k + 8]) for k in range(0, HALF, 8)]
+    assert said(kept).tobytes() != said(drawn).tobytes()
+
+
 def test_figures_are_those_of_what_was_said(source: Source, model: Path) -> None:
     run = replay(source, ReplayOptions(model=model, partitions=4, covariance="full"), quiet())
     result = run.result()
