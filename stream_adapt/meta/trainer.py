@@ -3,7 +3,8 @@
 AdamW minimises the objective over users' sequences. What belongs to an item's id — its embedding, its co-occurrence
 features, its popularity — is folded into one `item_vector` at the end: service knows the sum alone. Figures are those
 of a training that stops earlier, judged on the events that follow, to which the readout is fitted, too (`readout`); the
-weights are of a second one, on everything.
+weights are of a second one, on everything. In the end the rule itself goes over the log, and θ takes over part of what
+that teaches of items (`settling`).
 """
 
 from __future__ import annotations
