@@ -4,7 +4,8 @@ Tuned models without meta-learning often match meta-learners (Buffelli et al., a
 that ours has: the encoder, the content, the epochs, the rule that adapts in service, and its code. What it lacks is
 that training ever saw the rule. Its rates — how far a user may be from the mean of users, the noise, the leak, how far
 items may move — are scalars chosen by coordinate descent over a grid, by the log-loss on the last fifth of the first
-half, after a training on the part before it. Then it is trained on all of the first half.
+half, after a training on the part before it. Then it is trained on all of the first half, and items are settled, as
+pretraining does in the end.
 """
 
 from __future__ import annotations
@@ -23,10 +24,10 @@ from stream_adapt.adapt import Adapter
 from stream_adapt.evaluate import metrics
 from stream_adapt.evaluate.halves import Half, alone
 from stream_adapt.models import LearnerSpec, Model, SlowWeights, read_model, write_model
-from stream_adapt.record import UserEvent
 
 if TYPE_CHECKING:  # torch takes seconds to import: only where it is used
     from stream_adapt.meta.direct import Directly
+    from stream_adapt.meta.sequences import Log
     from stream_adapt.meta.trainer import Progress, TrainSettings
 
 #: Share of the first half that the rates are tuned after; the rest is what they are tuned on.
@@ -76,15 +77,20 @@ def model(
         DataError, ConfigError, ModelError: as `meta.trainer.pretrain`.
     """
     from stream_adapt.meta import direct, sequences
+    from stream_adapt.meta.settling import settled
 
     spec = msgspec.structs.replace(spec, implicit=0, calibrator="none")
 
-    def train(events: list[UserEvent]) -> Directly:
-        return direct.train(sequences.read_log(events, spec), spec, settings, device, progress, clock)
+    def train(log: Log) -> Directly:
+        return direct.train(log, spec, settings, device, progress, clock)
 
     cut = int(TUNED_ON * len(first))
-    rates = tuned(train(first.events[:cut]), spec, alone(first.events[cut:], spec), track)
-    return served(train(first.events), spec, rates), rates
+    rehearsal = train(sequences.read_log(first.events[:cut], spec))
+    rates = tuned(rehearsal, spec, alone(first.events[cut:], spec), track)
+    log = sequences.read_log(first.events, spec)
+    trained = train(log)
+    weights = settled(with_rates(trained, rates), spec, trained.fitted, log, settings.settled)
+    return _read_back(weights, spec, trained), rates
 
 
 def tuned(trained: Directly, spec: LearnerSpec, rest: Half, track: Track = lambda rates, _: rates) -> Rates:
@@ -103,8 +109,12 @@ def tuned(trained: Directly, spec: LearnerSpec, rest: Half, track: Track = lambd
 
 
 def served(trained: Directly, spec: LearnerSpec, rates: Rates) -> Model:
-    """The model with these rates, written to disk and read back with all that is checked on the way."""
-    weights = with_rates(trained, rates)
+    """The model with these rates."""
+    return _read_back(with_rates(trained, rates), spec, trained)
+
+
+def _read_back(weights: SlowWeights, spec: LearnerSpec, trained: Directly) -> Model:
+    """The model, written to disk and read back with all that is checked on the way."""
     with tempfile.TemporaryDirectory(prefix="stream-adapt-") as folder:
         return read_model(write_model(Path(folder), weights, spec, trained.fitted))
 

@@ -19,6 +19,7 @@ from stream_adapt.evaluate.replay import ReplayOptions, replay
 from stream_adapt.meta import direct as training
 from stream_adapt.meta import sequences
 from stream_adapt.meta.direct import Directly
+from stream_adapt.meta.settling import settled
 from stream_adapt.meta.trainer import TrainSettings
 from stream_adapt.models import LearnerSpec
 from stream_adapt.testing.model import random_model
@@ -74,6 +75,17 @@ def test_the_rates_chosen_are_no_worse_than_where_the_search_starts(
     chosen = direct.tuned(trained, spec, rest)
     losses = [direct._loss(direct.served(trained, spec, rates), rest) for rates in (start, chosen)]
     assert losses[1] <= losses[0]
+
+
+def test_items_are_settled_under_the_rates_chosen(source: Source, spec: LearnerSpec) -> None:
+    first = alone(list(source.events())[:HALF], spec)
+    plain, rates = direct.model(first, spec, msgspec.structs.replace(QUICK, settled=0.0), "cpu")
+    model, same = direct.model(first, spec, QUICK, "cpu")
+    assert rates == same
+    log = sequences.read_log(first.events, spec)
+    expected = settled(plain.weights, plain.spec, plain.manifest.fitted, log, QUICK.settled)
+    np.testing.assert_array_equal(expected.item_vector, model.weights.item_vector)
+    assert not np.array_equal(plain.weights.item_vector, model.weights.item_vector)
 
 
 def test_training_without_meta_learning_never_asks_the_rule(
