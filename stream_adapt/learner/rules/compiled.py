@@ -131,24 +131,56 @@ def _prefetch(_context: Any, record: Any) -> Any:
     """Tells the processor that a record will be read and written soon; LLVM's `llvm.prefetch`."""
 
     def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
-        number, address = ir.IntType(32), ir.IntType(8).as_pointer()
-        told = ir.FunctionType(ir.VoidType(), [address, number, number, number])
-        function = builder.module.declare_intrinsic("llvm.prefetch", [address], told)
-        start = builder.bitcast(arguments[0], address)
-        written, keep, data = number(1), number(3), number(1)
         for offset in range(0, record.size, _LINE):
-            builder.call(function, [builder.gep(start, [number(offset)]), written, keep, data])
+            _fetch_line(builder, arguments[0], offset, written=True)
         return context.get_dummy_value()
 
     return types.void(record), generate
 
 
+@intrinsic
+def _prefetch_row(_context: Any, table: Any, row: Any) -> Any:
+    """Tells the processor that a row `[n]` of float32 will be read soon: two lines, which hold n ≤ 17.
+
+    Args:
+        table: `[m, n]`.
+        row: which.
+    """
+
+    def generate(context: Any, builder: Any, _signature: Any, arguments: Any) -> Any:
+        array, at = context.make_array(table)(context, builder, arguments[0]), arguments[1]
+        first = builder.bitcast(array.data, ir.IntType(8).as_pointer())
+        stride = builder.extract_value(array.strides, 0)
+        start = builder.gep(first, [builder.mul(context.cast(builder, at, row, types.intp), stride)])
+        for offset in (0, _LINE):
+            _fetch_line(builder, start, offset, written=False)
+        return context.get_dummy_value()
+
+    return types.void(table, row), generate
+
+
+def _fetch_line(builder: Any, start: Any, offset: int, *, written: bool) -> None:
+    """Code that asks for the line of memory `offset` bytes from a pointer on."""
+    number, address = ir.IntType(32), ir.IntType(8).as_pointer()
+    told = ir.FunctionType(ir.VoidType(), [address, number, number, number])
+    function = builder.module.declare_intrinsic("llvm.prefetch", [address], told)
+    place = builder.gep(builder.bitcast(start, address), [number(offset)])
+    keep, data = number(3), number(1)
+    builder.call(function, [place, number(int(written)), keep, data])
+
+
 @inlined
-def fetch_ahead(i, users, items, user, item):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """Asks for the rows of an event to come: those of many users lie in no cache."""
+def fetch_ahead(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    i, users, items, user, item, known, item_vector, content, content_vectors, prior, prior_vectors, implicit_item
+):
+    """Asks for the rows of an event to come, in θ's tables, too: those of many users and items lie in no cache."""
     soon = min(i + AHEAD, user.shape[0] - 1)
     _prefetch(users[user[soon]])  # type: ignore[call-arg]  # an intrinsic's context is Numba's to give
     _prefetch(items[item[soon]])
+    _prefetch_row(item_vector, known[soon])
+    _prefetch_row(implicit_item, known[soon])
+    _prefetch_row(content_vectors, content[soon])
+    _prefetch_row(prior_vectors, prior[soon])
 
 
 @inlined
@@ -223,9 +255,8 @@ def screened(user, event):  # type: ignore[no-untyped-def]  # pragma: no cover -
 @inlined
 def sigmoid(z):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """1/(1 + exp(−z)) without overflow."""
-    if z >= 0.0:
-        return 1.0 / (1.0 + math.exp(-z))
-    return math.exp(z) / (1.0 + math.exp(z))
+    e = math.exp(-abs(z))
+    return (1.0 if z >= 0.0 else e) / (1.0 + e)  # no branch: half of them would be guessed wrong
 
 
 @inlined

@@ -111,7 +111,10 @@ def _adapt(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """Encodes every event into the work space, and takes its step."""
     s, e = scratch[0], event[0]
     for i in range(user.shape[0]):
-        fetch_ahead(i, users, items, user, item)
+        fetch_ahead(
+            i, users, items, user, item, known, item_vector, content, content_vectors, prior, prior_vectors,
+            implicit_item,
+        )  # fmt: skip
         next_event(i, e, known, window, time_ms, level, event_hash, item_events, item_mean)
         encode(
             i, s, known, item_vector, content, content_vectors, prior, prior_vectors,

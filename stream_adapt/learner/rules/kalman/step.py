@@ -124,7 +124,10 @@ def _adapt(  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
     """Encodes every event into the work space, and takes its step."""
     s, e = scratch[0], event[0]
     for i in range(user.shape[0]):
-        fetch_ahead(i, users, items, user, item)
+        fetch_ahead(
+            i, users, items, user, item, known, item_vector, content, content_vectors, prior, prior_vectors,
+            implicit_item,
+        )  # fmt: skip
         next_event(i, e, known, window, time_ms, level, event_hash, item_events, item_mean)
         encode(
             i, s, known, item_vector, content, content_vectors, prior, prior_vectors,
@@ -141,10 +144,11 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
     x0, x, w0, w, d, square, size = s.x0, s.x, s.w0, s.w, s.d, s.square, s.size
     c0 = x0[size]  # the item's bias under θ lies where x̃ has its 1
     x0[size] = 1.0
+    gamma = _gamma(theta, user, event.time_ms)
     event.frozen = _frozen(theta, event.item_events, c0, s)
     lean(theta, user, s)
     read_item(item, event.window, s)
-    _leak(theta, user, event.time_ms, s)
+    _leak(theta, user, gamma, s)
 
     for j in range(size):
         w[j] = w0[j] + d[j]
@@ -179,14 +183,19 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
 
 
 @inlined
-def _leak(theta, user, time_ms, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """Fills d and P after the leak to the prior. A row that has learned nothing is at its prior already."""
+def _gamma(theta, user, time_ms):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """γ; a row that has learned nothing is at its prior already."""
+    if user.count == 0:
+        return 0.0
+    hours = max(0, time_ms - user.last_ms) / MS_PER_HOUR
+    return math.exp(-(theta.leak_a + theta.leak_b * math.log1p(hours)))
+
+
+@inlined
+def _leak(theta, user, gamma, s):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
+    """Fills d and P after the leak to the prior."""
     d, P, row_d, row_P, prior = s.d, s.P, user.d, user.P, theta.prior_variance  # noqa: N806
-    width, gamma = s.size + 1, 0.0
-    if user.count > 0:
-        hours = max(0, time_ms - user.last_ms) / MS_PER_HOUR
-        gamma = math.exp(-(theta.leak_a + theta.leak_b * math.log1p(hours)))
-    square = gamma * gamma
+    width, square = s.size + 1, gamma * gamma
     for j in range(width):
         d[j] = gamma * row_d[j]
     for k in range(s.floats):
