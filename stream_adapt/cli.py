@@ -833,7 +833,8 @@ def bench_step(as_json: bool) -> None:
     _print(costs, as_json)
     if not as_json:
         for rule, cost in costs.items():
-            click.echo(f"{rule:<20} {cost.us_per_event:.2f} us an event, {cost.row_bytes} bytes a user's row")
+            took = f"{cost.us_per_event:.2f} us an event (least {cost.least_us_per_event:.2f})"
+            click.echo(f"{rule:<20} {took}, {cost.row_bytes} bytes a user's row")
 
 
 @bench.command("formats")
