@@ -184,7 +184,7 @@ def step(theta, user, item, event, s):  # type: ignore[no-untyped-def]  # pragma
 
 @inlined
 def _gamma(theta, user, time_ms):  # type: ignore[no-untyped-def]  # pragma: no cover - compiled
-    """γ; a row that has learned nothing is at its prior already."""
+    """γ of the leak; 0 for a row that has learned nothing, which is at its prior already."""
     if user.count == 0:
         return 0.0
     hours = max(0, time_ms - user.last_ms) / MS_PER_HOUR
